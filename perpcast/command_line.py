@@ -1,0 +1,99 @@
+"""The door: what every script shares. Configuration, secrets, error messages and exit codes; nothing below reads these.
+
+Exit codes: 0 done, 2 wrong use or configuration, 1 failed; the cause and the next step are on the last lines.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from dotenv import dotenv_values
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from perpcast.config import Settings, load_settings
+from perpcast.errors import PerpcastError
+
+ROOT = Path(__file__).resolve().parent.parent
+console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives a click command its `--config` option and hands it `settings`; turns our errors into messages."""
+
+    @click.option(
+        "--config",
+        "config_paths",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        default=[ROOT / "config.yaml"],
+        show_default="config.yaml",
+        help="Configuration file; given again, each later file overrides keys of the ones before.",
+    )
+    @wraps(function)
+    def command(config_paths: tuple[Path, ...], **options: Any) -> None:
+        with clean_exit():
+            function(settings=load_settings(config_paths), **options)
+
+    return command
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Ends the process with a message instead of a traceback for whatever can be foreseen."""
+    try:
+        yield
+    except PerpcastError as error:
+        _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to go on", 130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _stop(f"{error.filename or 'system'}: {error.strerror}", 1)
+
+
+def _stop(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+def secret(settings: Settings, name: str) -> str | None:
+    """A secret from the environment, else from `.env` beside the configuration; None where neither has it."""
+    return os.environ.get(name) or dotenv_values(settings.path(".env")).get(name) or None
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Hands out `on_progress(done, total)`: a bar with ETA on a terminal, a line every tenth elsewhere."""
+    if not sys.stdout.isatty():
+        yield _line_printer(title)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _line_printer(title: str) -> Callable[[int, int], None]:
+    printed = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal printed
+        tenth = done * 10 // max(total, 1)
+        if tenth > printed:
+            printed = tenth
+            print(f"{title}: {done:,} of {total:,}", flush=True)
+
+    return on_progress

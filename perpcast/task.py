@@ -1,0 +1,64 @@
+"""The forecasting problem as a frozen value: what goes in, what comes out, over how many bars; kept with the weights."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to predict: a column of the labels, its kind, and how many bars its outcome may take."""
+
+    name: str  # "buy", "sell"
+    kind: Literal["regression", "classification"]
+    horizon: int
+    quantiles: tuple[float, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs for this target, in order: `buy_mean`, `buy_q50`, …"""
+        if self.kind == "classification":
+            return (f"{self.name}_profit_probability",)
+        return (f"{self.name}_mean", *(f"{self.name}_q{round(q * 100)}" for q in self.quantiles))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that training, bundle and runner must agree on; equal tasks mean interchangeable data.
+
+    `exit_policies` holds the fields of the exit policy per side, as plain numbers, so that a bundle explains by which
+    rule its labels were made.
+    """
+
+    interval: str
+    lookback: int
+    feature_set: str  # name and version, e.g. "candles_49/1"
+    static: tuple[str, ...]
+    known: tuple[str, ...]
+    observed: tuple[str, ...]
+    targets: tuple[Target, ...]
+    exit_policies: Mapping[str, Mapping[str, Any]]
+    symbols: tuple[str, ...]
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs in order, over all targets."""
+        return tuple(name for target in self.targets for name in target.outputs)
+
+    @property
+    def horizon(self) -> int:
+        """The longest horizon of any target, in bars."""
+        return max(target.horizon for target in self.targets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists, dicts and numbers; the inverse of `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Task":
+        """The task from its JSON form. Raises KeyError or TypeError where a field is missing or unknown."""
+        values = dict(data)
+        targets = tuple(Target(**{**t, "quantiles": tuple(t["quantiles"])}) for t in values.pop("targets"))
+        for name in ("static", "known", "observed", "symbols"):
+            values[name] = tuple(values[name])
+        return cls(targets=targets, **values)
