@@ -1,4 +1,4 @@
-"""The forecasting problem as a frozen value: what goes in, what comes out, over how many bars; kept with the weights."""
+"""The forecasting problem as a frozen value: what goes in, what comes out, how far ahead; kept with the weights."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
