@@ -174,7 +174,7 @@ class OpenTrade:
         self._rule = _rule(side, policy)
         self.entry_price = entry_open * (1 + self._rule.sign * policy.slippage)
         self._levels = self.entry_price * (1 + self._rule.sign * self._rule.distances)
-        self.stop_level = float(self.entry_price * (1 + self._rule.sign * self._rule.stops[0]))
+        self._stops = self.entry_price * (1 + self._rule.sign * self._rule.stops)
         self.bars_held = 0
         self.targets_filled = 0
         self.expected_return = -policy.taker_fee
@@ -191,6 +191,11 @@ class OpenTrade:
         return EXIT_REASONS[self._reason]
 
     @property
+    def stop_level(self) -> float:
+        """Where the stop stands now, or stood at the end."""
+        return float(self._stops[min(self.targets_filled, len(self._stops) - 1)])
+
+    @property
     def remaining(self) -> float:
         """Fraction of the entry size that is still open."""
         return 0.0 if self.closed else float(self._rule.left[self.targets_filled])
@@ -201,9 +206,9 @@ class OpenTrade:
             raise ValueError(f"the trade ended by {self.exit_reason} in bar {self.bars_held}")
         adverse, favourable = (low, high) if self.side == "buy" else (high, low)
         before = self.targets_filled
-        self.stop_level, self.targets_filled, self._reason, price, _ = _walk_bar(
-            (open, adverse, favourable, close), self.bars_held, self._rule, self.entry_price, self._levels,
-            (self.stop_level, before), True,
+        self.targets_filled, self._reason, price, _ = _walk_one_bar(
+            (open, adverse, favourable, close), self.bars_held, self._rule.sign, self._rule.horizon,
+            self._levels, self._stops, before,
         )  # fmt: skip
         self.bars_held += 1
         fills = [self._target_fill(number) for number in range(before, self.targets_filled)]
@@ -258,49 +263,45 @@ def _contribution(fraction, price, sign, entry, fee, slippage):
     return fraction * (sign * (paid / entry - 1) - fee * paid / entry)
 
 
-@njit(cache=True)
-def _walk_bar(prices, bars_before, rule, entry, levels, state, adverse_first):
-    """One bar of a trade: `prices` (open, adverse extreme, favourable extreme, close), `state` (stop, filled levels).
+@njit(cache=True, inline="always")
+def _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, adverse_first):
+    """One bar of a trade: `prices` (open, adverse extreme, favourable extreme, close), filled levels before it.
 
-    Returns (stop, filled levels, exit reason or NONE, price of a stop or time-out, whether the order may matter).
+    `levels` and `stops` are prices; the stop in force is `stops[filled]`. Returns (filled levels, exit reason or NONE,
+    price of a stop or time-out, whether the order of the extremes may matter).
     """
     open, adverse, favourable, close = prices
-    stop, filled = state
-    sign = rule.sign
     # The open of the entry bar is the entry itself and triggers nothing.
     if bars_before > 0:
-        if sign * (open - stop) <= 0:  # opens at or beyond the stop: filled at the open
-            return stop, filled, _stop_reason(filled), open, False
-        stop, filled, reason = _reach(open, rule, entry, levels, stop, filled)
-        if reason != NONE:
-            return stop, filled, reason, 0.0, False
-        if bars_before == rule.horizon:
-            return stop, filled, TIMEOUT, open, False
-    if adverse_first and sign * (adverse - stop) <= 0:
-        return stop, filled, _stop_reason(filled), stop, sign * (favourable - levels[filled]) >= 0
-    before = filled
-    stop, filled, reason = _reach(favourable, rule, entry, levels, stop, filled)
-    if reason != NONE:
-        return stop, filled, reason, 0.0, False
-    stopped_after = sign * (adverse - stop) <= 0
-    order_matters = filled > before and stopped_after
-    if sign * (close - stop) <= 0 or (stopped_after and not adverse_first):
-        return stop, filled, _stop_reason(filled), stop, order_matters
-    return stop, filled, NONE, 0.0, order_matters
-
-
-@njit(cache=True)
-def _reach(price, rule, entry, levels, stop, filled):
-    """Fills every level that `price` has reached, in order, and moves the stop: (stop, filled levels, exit reason)."""
-    while filled < len(levels) and rule.sign * (price - levels[filled]) >= 0:
-        filled += 1
+        if sign * (open - stops[filled]) <= 0:  # opens at or beyond the stop: filled at the open
+            return filled, _stop_reason(filled), open, False
+        filled = _reach(open, sign, levels, filled)
         if filled == len(levels):
-            return stop, filled, TAKE_PROFIT
-        stop = entry * (1 + rule.sign * rule.stops[filled])
-    return stop, filled, NONE
+            return filled, TAKE_PROFIT, 0.0, False
+        if bars_before == horizon:
+            return filled, TIMEOUT, open, False
+    if adverse_first and sign * (adverse - stops[filled]) <= 0:
+        return filled, _stop_reason(filled), stops[filled], sign * (favourable - levels[filled]) >= 0
+    before = filled
+    filled = _reach(favourable, sign, levels, filled)
+    if filled == len(levels):
+        return filled, TAKE_PROFIT, 0.0, False
+    stopped_after = sign * (adverse - stops[filled]) <= 0
+    order_matters = filled > before and stopped_after
+    if sign * (close - stops[filled]) <= 0 or (stopped_after and not adverse_first):
+        return filled, _stop_reason(filled), stops[filled], order_matters
+    return filled, NONE, 0.0, order_matters
 
 
-@njit(cache=True)
+@njit(cache=True, inline="always")
+def _reach(price, sign, levels, filled):
+    """Number of filled levels after `price`: every level that it reaches fills, in order."""
+    while filled < len(levels) and sign * (price - levels[filled]) >= 0:
+        filled += 1
+    return filled
+
+
+@njit(cache=True, inline="always")
 def _stop_reason(filled):
     if filled == 0:
         return STOP
@@ -308,25 +309,37 @@ def _stop_reason(filled):
 
 
 @njit(cache=True)
-def _walk_trade(bars, first, rule, entry, levels, adverse_first):
+def _walk_one_bar(prices, bars_before, sign, horizon, levels, stops, filled):
+    return _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, True)
+
+
+@njit(cache=True)
+def _prices(entry, sign, distances, prices):
+    """entry * (1 + s * distance) for every distance, into `prices`."""
+    for number in range(len(distances)):
+        prices[number] = entry * (1 + sign * distances[number])
+
+
+@njit(cache=True)
+def _walk_trade(bars, first, rule, entry, levels, stops, adverse_first):
     """A whole trade from its entry bar: (return, exit reason, bars held, filled levels, whether order may matter)."""
-    stop, filled, order_mattered = entry * (1 + rule.sign * rule.stops[0]), 0, False
-    for held in range(rule.horizon + 1):
+    filled, order_mattered, sign, horizon = 0, False, rule.sign, rule.horizon
+    opens, closes = bars.open, bars.close
+    adverses, favourables = (bars.low, bars.high) if sign > 0 else (bars.high, bars.low)
+    for held in range(horizon + 1):
         bar = first + held
-        high, low = bars.high[bar], bars.low[bar]
-        adverse, favourable = (low, high) if rule.sign > 0 else (high, low)
-        prices = (bars.open[bar], adverse, favourable, bars.close[bar])
-        stop, filled, reason, price, order_matters = _walk_bar(
-            prices, held, rule, entry, levels, (stop, filled), adverse_first
+        prices = (opens[bar], adverses[bar], favourables[bar], closes[bar])
+        filled, reason, price, order_matters = _walk_bar(
+            prices, held, sign, horizon, levels, stops, filled, adverse_first
         )
         order_mattered |= order_matters
         if reason != NONE:
             break
     total = -rule.taker_fee
     for number in range(filled):
-        total += _contribution(rule.fractions[number], levels[number], rule.sign, entry, rule.maker_fee, 0.0)
+        total += _contribution(rule.fractions[number], levels[number], sign, entry, rule.maker_fee, 0.0)
     if reason != TAKE_PROFIT:
-        total += _contribution(rule.left[filled], price, rule.sign, entry, rule.taker_fee, rule.slippage)
+        total += _contribution(rule.left[filled], price, sign, entry, rule.taker_fee, rule.slippage)
     return total, reason, held + 1, filled, order_mattered
 
 
@@ -339,7 +352,7 @@ def _label_bars(bars, rule):
     bars_held = np.zeros(count, np.int16)
     targets_filled = np.zeros(count, np.int8)
     ambiguous = np.zeros(count, np.bool_)
-    levels = np.empty(len(rule.distances))
+    levels, stops = np.empty(len(rule.distances)), np.empty(len(rule.stops))
     next_missing = count
     for signal in range(count - 1, -1, -1):
         if np.isnan(bars.open[signal] + bars.high[signal] + bars.low[signal] + bars.close[signal]):
@@ -348,12 +361,12 @@ def _label_bars(bars, rule):
         if first + rule.horizon >= next_missing:
             continue
         entry = bars.open[first] * (1 + rule.sign * rule.slippage)
-        for number in range(len(levels)):
-            levels[number] = entry * (1 + rule.sign * rule.distances[number])
-        total, reason, held, filled, order_mattered = _walk_trade(bars, first, rule, entry, levels, True)
+        _prices(entry, rule.sign, rule.distances, levels)
+        _prices(entry, rule.sign, rule.stops, stops)
+        total, reason, held, filled, order_mattered = _walk_trade(bars, first, rule, entry, levels, stops, True)
         expected_return[signal], exit_reason[signal] = total, reason
         bars_held[signal], targets_filled[signal] = held, filled
         if order_mattered:
-            other = _walk_trade(bars, first, rule, entry, levels, False)[0]
+            other = _walk_trade(bars, first, rule, entry, levels, stops, False)[0]
             ambiguous[signal] = abs(total - other) > AMBIGUOUS_ABOVE
     return expected_return, exit_reason, bars_held, targets_filled, ambiguous
