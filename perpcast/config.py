@@ -201,7 +201,7 @@ class DemoSettings(Section):
 
 
 class Settings(Section):
-    """The whole configuration. `root` is the folder of the first file; relative paths start there."""
+    """The whole configuration, and the files that it came from; relative paths start at the folder of the first."""
 
     database: DatabaseSettings
     exchange: ExchangeSettings
@@ -212,11 +212,11 @@ class Settings(Section):
     dataset: DatasetSettings
     model: ModelSettings
     demo: DemoSettings
-    root: Path = Field(exclude=True)
+    files: tuple[Path, ...] = Field(exclude=True)
 
     def path(self, *parts: str | Path) -> Path:
-        """A path below the root, unless it is absolute already."""
-        return self.root.joinpath(*parts)
+        """A path below the folder of the first file, unless it is absolute already."""
+        return self.files[0].parent.joinpath(*parts)
 
 
 def load_settings(paths: Sequence[Path]) -> Settings:
@@ -226,11 +226,11 @@ def load_settings(paths: Sequence[Path]) -> Settings:
         merged = _overlay(merged, _read_yaml(path))
     names = ", ".join(str(path) for path in paths)
     try:
-        return Settings(**merged, root=Path(paths[0]).resolve().parent)
+        return Settings(**merged, files=tuple(Path(path).resolve() for path in paths))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, names) for item in error.errors()[:5])) from None
     except TypeError:
-        raise ConfigError(f"{names}: 'root' is not a key of the configuration: remove it") from None
+        raise ConfigError(f"{names}: 'files' is not a key of the configuration: remove it") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

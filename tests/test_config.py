@@ -60,7 +60,7 @@ def test_overlay_changes_only_what_it_names() -> None:
     [
         ("risk_profil: {}", "unknown key risk_profil"),
         ("model: {d_modell: 64}", "unknown key model.d_modell"),
-        ("root: /somewhere", "'root' is not a key"),
+        ("files: [/somewhere]", "'files' is not a key"),
         ("database: {port: many}", "database.port: .*integer.* received 'many'"),
         ("database: {port: 70000}", "database.port: .*65535.* received 70000"),
         ("model: {dropout: .nan}", "model.dropout: .*received nan"),

@@ -1,0 +1,1 @@
+"""What the model sees: indicators, their form as model input, and the scaler. The same code in batch and live."""

@@ -1,0 +1,95 @@
+"""What the tests share: a PostgreSQL server of their own on a free port, an empty database in it for each test, and the
+two budgets: `pytest` takes every case once, `pytest --soak` many times, and writes its table to docs/soak.md."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import hypothesis
+import pytest
+from sqlalchemy import Engine, text
+
+from perpcast.database import DatabaseAddress, ensure_server, free_port, migrate, open_engine, remove_server
+
+_numbers = count()
+
+SOAK_EXAMPLES = 500
+SOAK_KILLS = 10
+
+hypothesis.settings.register_profile("once", max_examples=30, deadline=None)
+hypothesis.settings.register_profile("soak", max_examples=SOAK_EXAMPLES, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="large budgets for property and kill tests (make soak)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "once")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A soak repeats whatever kills something: the moment of the kill is never twice the same."""
+    if metafunc.config.getoption("--soak") and "_killed_" in metafunc.function.__name__:
+        metafunc.fixturenames.append("kill_round")
+        metafunc.parametrize("kill_round", range(SOAK_KILLS))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--soak") or config.getoption("--collect-only"):
+        return
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            row = rows[report.nodeid.split("::")[0]]
+            row[outcome == "failed"] += report.when == "call" or outcome == "failed"
+            row[2] += report.duration
+    table = "\n".join(f"| {name} | {n:.0f} | {bad:.0f} | {s:.0f} |" for name, (n, bad, s) in sorted(rows.items()))
+    (Path(__file__).parents[1] / "docs" / "soak.md").write_text(
+        f"# Soak\n\nWritten by `make soak`: {SOAK_EXAMPLES} examples for each property, {SOAK_KILLS} rounds of each "
+        f"test that kills.\n\n| file | passed | failed | seconds |\n|---|---|---|---|\n{table}\n",
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseAddress]:
+    """A server with its data in the tests' temporary folder, ended and deleted with the session."""
+    directory = tmp_path_factory.mktemp("server") / "postgres"
+    try:
+        address = ensure_server(DatabaseAddress("127.0.0.1", free_port(), "template", "perpcast"), directory)
+        engine = open_engine(address)
+        migrate(engine)
+        engine.dispose()
+        yield address
+    finally:
+        remove_server(directory)
+
+
+@pytest.fixture
+def empty_database(postgres: DatabaseAddress) -> Iterator[DatabaseAddress]:
+    """A database without tables."""
+    yield from _new_database(postgres, "template1")
+
+
+@pytest.fixture
+def database(postgres: DatabaseAddress) -> Iterator[Engine]:
+    """An empty database with the newest schema."""
+    for address in _new_database(postgres, "template"):
+        engine = open_engine(address)
+        yield engine
+        engine.dispose()
+
+
+def _new_database(server: DatabaseAddress, template: str) -> Iterator[DatabaseAddress]:
+    name = f"test_{next(_numbers)}"
+    admin = open_engine(replace(server, name="postgres"))
+    statements = admin.execution_options(isolation_level="AUTOCOMMIT")
+    with statements.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    yield replace(server, name=name)
+    with statements.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()

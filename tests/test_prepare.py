@@ -1,0 +1,260 @@
+"""The prepare stage on a real database: the table that candles and policy make, also after a kill half-way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from sqlalchemy.engine import make_url
+
+from perpcast.config import load_settings
+from perpcast.database import Database, read_candles, read_processed, read_processed_spans, upsert_candles
+from perpcast.errors import DataError, MissingInputError
+from perpcast.exit_policy import ExitPolicy, Labels, label_trades
+from perpcast.features.indicators import COLUMNS, compute_indicators
+from perpcast.market import SIDES, CandleSeries
+from perpcast.prepare import label_candles, prepare, process_candles
+from tests.recorded import needs_recorded, recorded_candles
+from tests.test_features_indicators import flatten, market, troubled_market
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = load_settings([ROOT / "config.yaml"])
+POLICIES = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
+POLICY = POLICIES["buy"]
+
+
+def series(frame: pd.DataFrame) -> CandleSeries:
+    frame = frame.dropna()
+    times = pd.DatetimeIndex(frame["open_time"]).as_unit("ms").asi8
+    open, high, low, close, volume = (
+        frame[name].to_numpy(float) for name in ("open", "high", "low", "close", "volume")
+    )
+    return CandleSeries(times, open, high, low, close, volume, close * volume)
+
+
+def assert_same_labels(left: Labels, right: Labels) -> None:
+    for field in fields(Labels):
+        np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name), err_msg=field.name)
+
+
+def table(database: Database) -> dict[str, tuple]:
+    """All of `processed_market_data`, in a form that compares."""
+    rows = {}
+    for symbol in read_processed_spans(database):
+        stored = read_processed(database, symbol)
+        labels = [getattr(stored.labels[side], field.name).tobytes() for side in SIDES for field in fields(Labels)]
+        rows[symbol] = (stored.open_time_ms.tobytes(), stored.indicators.tobytes(), *labels)
+    return rows
+
+
+# --- labels on the grid --------------------------------------------------------------------------------------------
+
+
+def test_labels_of_unbroken_candles_are_those_of_the_policy() -> None:
+    candles = series(market(800))
+    for side in SIDES:
+        labels = label_candles(candles, "15", side, POLICIES[side])
+        prices = (candles.open, candles.high, candles.low, candles.close)
+        assert_same_labels(labels, label_trades(*prices, side, POLICIES[side]))
+        assert np.isfinite(labels.expected_return[:-101]).all()
+        assert np.isnan(labels.expected_return[-101:]).all()
+
+
+@pytest.mark.parametrize("missing", [1, 30])
+def test_no_label_reaches_over_a_gap(missing: int) -> None:
+    whole = market(1000)
+    candles = series(whole.drop(index=range(500, 500 + missing)))
+    labels = label_candles(candles, "15", "buy", POLICY)
+    known = np.isfinite(labels.expected_return)
+    assert known[:399].all()  # bar 101 after bar 398 is bar 499, the last before the gap
+    assert not known[399:500].any()
+    assert known[500:-101].all()
+    unbroken = label_candles(series(whole), "15", "buy", POLICY)
+    np.testing.assert_array_equal(labels.expected_return[:399], unbroken.expected_return[:399])
+    np.testing.assert_array_equal(labels.expected_return[500:], unbroken.expected_return[500 + missing :])
+
+
+@pytest.mark.parametrize(("bars", "is_gap"), [(7, False), (8, True)])
+def test_long_flat_run_is_a_gap_for_labels_from_its_first_bar_on(bars: int, is_gap: bool) -> None:
+    candles = series(flatten(market(1000), 500, bars))
+    known = np.isfinite(label_candles(candles, "15", "sell", POLICIES["sell"]).expected_return)
+    assert known[:399].all()
+    assert known[399 : 500 + bars].any() != is_gap
+    assert known[500 + bars : -101].all()
+
+
+def test_candles_off_the_grid_are_refused_with_the_next_step() -> None:
+    candles = series(market(20))
+    with pytest.raises(DataError, match=r"2024-01-01 00:15 is no multiple of 60 minutes.*init_database.py --reset"):
+        label_candles(candles, "60", "buy", POLICY)
+
+
+def test_no_candles_give_no_rows() -> None:
+    assert len(process_candles(CandleSeries.empty(), "15", POLICIES)) == 0
+
+
+# --- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_table_holds_indicators_as_real_and_labels_exactly(database: Database) -> None:
+    candles = series(troubled_market())
+    upsert_candles(database, "BTCUSDT", candles)
+    (prepared,) = prepare(database, ["BTCUSDT"], "15", POLICIES)
+    stored = read_processed(database, "BTCUSDT")
+    np.testing.assert_array_equal(stored.open_time_ms, candles.open_time_ms)
+    fresh = compute_indicators(candles.frame()).to_numpy()
+    single = [number for number, name in enumerate(COLUMNS) if name != "obv"]
+    np.testing.assert_array_equal(stored.indicators[:, single], fresh[:, single].astype(np.float32))
+    np.testing.assert_array_equal(stored.indicators[:, COLUMNS.index("obv")], fresh[:, COLUMNS.index("obv")])
+    for side in SIDES:
+        labels = label_candles(candles, "15", side, POLICIES[side])
+        assert_same_labels(stored.labels[side], labels)
+        known = np.isfinite(labels.expected_return)
+        counts = prepared.sides[side]
+        assert counts.labels == known.sum() == sum(counts.exits)
+        assert counts.exits[0] == 0
+        assert counts.profits == (labels.expected_return[known] > 0).sum()
+        assert counts.return_sum == pytest.approx(labels.expected_return[known].sum())
+        assert counts.ambiguous == labels.ambiguous.sum()
+    assert prepared.bars == len(candles)
+    assert prepared.complete == np.isfinite(stored.indicators).all(axis=1).sum()
+
+
+def test_second_run_writes_nothing_and_changes_are_noticed(database: Database) -> None:
+    candles = series(market(700))
+    symbols = ["BTCUSDT", "ETHUSDT", "NEWUSDT"]
+    upsert_candles(database, "BTCUSDT", candles[:600])
+    upsert_candles(database, "ETHUSDT", series(market(650, seed=2)))
+
+    def run(policies: dict) -> dict[str, bool]:
+        return {each.symbol: each.written for each in prepare(database, symbols, "15", policies)}
+
+    assert run(POLICIES) == {"BTCUSDT": True, "ETHUSDT": True}
+    assert run(POLICIES) == {"BTCUSDT": False, "ETHUSDT": False}
+    upsert_candles(database, "BTCUSDT", candles)
+    assert run(POLICIES) == {"BTCUSDT": True, "ETHUSDT": False}
+    corrected = candles[300:301]
+    upsert_candles(database, "BTCUSDT", replace(corrected, volume=corrected.volume * 2))
+    assert run(POLICIES) == {"BTCUSDT": True, "ETHUSDT": False}
+    assert run({side: replace(policy, stop=0.02) for side, policy in POLICIES.items()}) == {
+        "BTCUSDT": True,
+        "ETHUSDT": True,
+    }
+    assert run(POLICIES) == {"BTCUSDT": True, "ETHUSDT": True}
+
+
+def test_grown_table_equals_one_made_at_once(database: Database) -> None:
+    candles = series(flatten(market(900), 300, 20))
+    for end in (305, 310, 600, 900):  # the first two end inside the flat run
+        upsert_candles(database, "BTCUSDT", candles[:end])
+        prepare(database, ["BTCUSDT"], "15", POLICIES)
+    grown = table(database)
+    at_once = process_candles(read_candles(database, "BTCUSDT"), "15", POLICIES)
+    assert grown["BTCUSDT"][1] == at_once.indicators.tobytes()
+    assert grown["BTCUSDT"][2] == at_once.labels["buy"].expected_return.tobytes()
+
+
+def test_progress_ends_with_all_bars(database: Database) -> None:
+    upsert_candles(database, "BTCUSDT", series(market(300)))
+    upsert_candles(database, "ETHUSDT", series(market(200)))
+    calls: list[tuple[int, int]] = []
+    prepare(database, ["BTCUSDT", "ETHUSDT"], "15", POLICIES, on_progress=lambda *call: calls.append(call))
+    assert calls == [(300, 500), (500, 500)]
+
+
+def test_without_candles_the_next_step_is_named(database: Database) -> None:
+    with pytest.raises(MissingInputError, match=r"no candles of any of the 1 configured symbols.*download_data.py"):
+        prepare(database, ["BTCUSDT"], "15", POLICIES)
+
+
+# --- the script ----------------------------------------------------------------------------------------------------
+
+
+def configuration(database: Database, folder: Path, symbols: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment with which a script works on a test's database."""
+    url = make_url(database.url)
+    folder.mkdir(exist_ok=True)
+    overlay = {
+        "database": {
+            "host": url.host,
+            "port": url.port,
+            "name": url.database,
+            "user": url.username,
+            "directory": str(folder / "postgres"),
+        },
+        "data_download": {"symbols": symbols},
+    }
+    path = folder / "test.yaml"
+    path.write_text(yaml.safe_dump(overlay))
+    environment = {**os.environ, **({"PERPCAST_DB_PASSWORD": str(url.password)} if url.password else {})}
+    return ["--config", str(ROOT / "config.yaml"), "--config", str(path)], environment
+
+
+def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "prepare_dataset.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+RECORDED = ["BTCUSDT", "ETHUSDT", "SOLUSDT", "XRPUSDT", "DOGEUSDT", "ADAUSDT", "BNBUSDT", "TRXUSDT"]
+
+
+@needs_recorded
+def test_killed_run_and_its_repetition_give_the_table_of_an_undisturbed_one(database: Database, tmp_path: Path) -> None:
+    for symbol in RECORDED:
+        frame = recorded_candles(f"binance_usdm_15m_panel51_1y/{symbol}", 20_000, 6_000)
+        upsert_candles(database, symbol, series(frame))
+    arguments, environment = configuration(database, tmp_path, RECORDED)
+
+    killed = start(arguments, environment)
+    deadline = time.monotonic() + 120
+    while len(read_processed_spans(database)) < 2:
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    half = table(database)
+    assert 2 <= len(half) < len(RECORDED)
+
+    again = start(arguments, environment)
+    printed, complaint = again.communicate(timeout=300)
+    assert (again.returncode, complaint) == (0, "")
+    assert f"{len(RECORDED) - len(half)} symbols written, {len(half)} unchanged" in " ".join(printed.split())
+    after_kill = table(database)
+    assert {symbol: after_kill[symbol] for symbol in half} == half
+
+    with database.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE processed_market_data")
+    undisturbed = prepare(database, RECORDED, "15", POLICIES)
+    assert all(each.written for each in undisturbed)
+    assert table(database) == after_kill
+
+
+def test_script_without_candles_says_what_to_run_first(database: Database, tmp_path: Path) -> None:
+    run = start(*configuration(database, tmp_path, ["BTCUSDT"]))
+    _, complaint = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert complaint.splitlines() == [
+        "error: no candles of any of the 1 configured symbols are stored: run python download_data.py first"
+    ]
+
+
+def test_script_reports_base_rates_and_what_is_absent(database: Database, tmp_path: Path) -> None:
+    upsert_candles(database, "BTCUSDT", series(market(700)))
+    run = start(*configuration(database, tmp_path, ["BTCUSDT", "ETHUSDT"]))
+    printed, complaint = run.communicate(timeout=120)
+    assert (run.returncode, complaint) == (0, "")
+    assert "no candles yet: ETHUSDT" in printed
+    assert "700 bars of 1 symbols, 667 with every indicator; 1 symbols written, 0 unchanged" in " ".join(
+        printed.split()
+    )
+    assert "take_profit" in printed
+    assert "mean return" in printed
