@@ -87,20 +87,6 @@ def flat_run_mask(high: np.ndarray, low: np.ndarray, volume: np.ndarray) -> np.n
     return mask
 
 
-def stretch_ids(
-    open_time_ms: np.ndarray, high: np.ndarray, low: np.ndarray, volume: np.ndarray, step_ms: int, max_gap_bars: int = 0
-) -> np.ndarray:
-    """Number of the gap-free stretch of each bar, counted from 0: int32 [n]; -1 for bars of a long flat run.
-
-    A new stretch begins where more than `max_gap_bars` bars are missing, and after a long flat run.
-    """
-    flat = flat_run_mask(high, low, volume)
-    breaks = np.zeros(len(open_time_ms), bool)
-    breaks[1:] = (np.diff(open_time_ms) > step_ms * (1 + max_gap_bars)) | (flat[:-1] & ~flat[1:])
-    ids = np.cumsum(breaks, dtype=np.int32)
-    return np.where(flat, np.int32(-1), ids)
-
-
 @dataclass(frozen=True, slots=True)
 class Instrument:
     """The exchange's rules for one symbol; they change, and are read again before they are relied on."""

@@ -1,0 +1,21 @@
+"""The Bybit client: REST and public streams, each answer checked before it is believed.
+
+Only this room (and, on its own, `simulator/`) knows Bybit's field names; what leaves it are the market's values.
+"""
+
+from perpcast.exchange.client import BybitClient
+from perpcast.exchange.hosts import Hosts, hosts_of
+from perpcast.exchange.rate_limit import RateLimit
+from perpcast.exchange.stream import CandleStream
+from perpcast.exchange.wire import PAGE_BARS, CandlePage, RejectedRow
+
+__all__ = [
+    "PAGE_BARS",
+    "BybitClient",
+    "CandlePage",
+    "CandleStream",
+    "Hosts",
+    "RateLimit",
+    "RejectedRow",
+    "hosts_of",
+]

@@ -1,0 +1,14 @@
+"""The local exchange: Bybit v5 over loopback, on recorded or synthetic candles, at a clock that may run faster.
+
+Market side only; matching, orders and faults move in later. Bybit's field names are written down here independently of
+`perpcast.exchange`, so that the two check one another.
+
+    clock      the market's time, on a wall that is handed in
+    instruments  the listed symbols
+    market     what every market offers, and what of it is visible at an instant
+    recorded   a market of parquet files
+    synthetic  a seeded market, with an optional planted edge
+    wire       Bybit's byte shapes
+    rest, stream  the endpoints and the public WebSocket
+    server     the running exchange
+"""
