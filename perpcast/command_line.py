@@ -17,6 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from perpcast.config import Settings, load_settings
+from perpcast.database import (
+    Database,
+    DatabaseAddress,
+    check_schema,
+    create_database,
+    ensure_server,
+    migrate,
+    open_engine,
+    plain_errors,
+)
 from perpcast.errors import PerpcastError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +62,9 @@ def clean_exit() -> Iterator[None]:
         _stop(str(error), error.exit_code)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on", 130)
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno is None:
             raise
@@ -66,6 +79,43 @@ def _stop(message: str, exit_code: int) -> None:
 def secret(settings: Settings, name: str) -> str | None:
     """A secret from the environment, else from `.env` beside the configuration; None where neither has it."""
     return os.environ.get(name) or dotenv_values(settings.path(".env")).get(name) or None
+
+
+def database_address(settings: Settings) -> DatabaseAddress:
+    """Where the configuration says that PostgreSQL is; the password from the environment, if it has one."""
+    database = settings.database
+    password = secret(settings, "PERPCAST_DB_PASSWORD")
+    return DatabaseAddress(database.host, database.port, database.name, database.user, password)
+
+
+@contextmanager
+def connect_database(settings: Settings, *, create: bool = False) -> Iterator[Database]:
+    """A connection to the configured database, whatever it holds; an embedded server is started where none listens.
+
+    Inside, a lost connection or a full disk becomes a message. `create` makes the database itself where it is missing.
+    """
+    address = ensure_server(database_address(settings), settings.path(settings.database.directory))
+    with plain_errors(address):
+        if create:
+            create_database(address)
+        engine = open_engine(address)
+        try:
+            yield engine
+        finally:
+            engine.dispose()
+
+
+@contextmanager
+def open_database(settings: Settings, *, initialize: bool = False) -> Iterator[Database]:
+    """The configured database with the schema that this program was written for.
+
+    `initialize` makes what is missing (the database, its tables, newer migrations) instead of asking for it.
+    """
+    with connect_database(settings, create=initialize) as engine:
+        if initialize:
+            migrate(engine)
+        check_schema(engine)
+        yield engine
 
 
 @contextmanager

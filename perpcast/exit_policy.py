@@ -9,8 +9,10 @@ All distances and returns are fractions of the entry price; float64 without fast
 results everywhere.
 """
 
+import os
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +23,9 @@ from perpcast.market import Side
 # Index = the code in arrays and tables. A stop is `stop` before any target, `breakeven` after one, `lock` after more.
 EXIT_REASONS = ("none", "stop", "breakeven", "lock", "take_profit", "timeout")
 NONE, STOP, BREAKEVEN, LOCK, TAKE_PROFIT, TIMEOUT = range(6)
+
+# Machine code is kept beside this file for the next process; numba refuses to import where that cannot be written.
+_CACHED = os.access(Path(__file__).parent, os.W_OK)
 
 # Labels that differ by less than this under the other order inside the bar are not ambiguous.
 AMBIGUOUS_ABOVE = 1e-12
@@ -256,14 +261,14 @@ def _rule(side: Side, policy: ExitPolicy) -> _Rule:
     )
 
 
-@njit(cache=True)
+@njit(cache=_CACHED)
 def _contribution(fraction, price, sign, entry, fee, slippage):
     """fraction * (s * (price / entry - 1) - fee * price / entry), the price worsened by the slippage."""
     paid = price * (1 - sign * slippage)
     return fraction * (sign * (paid / entry - 1) - fee * paid / entry)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=_CACHED, inline="always")
 def _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, adverse_first):
     """One bar of a trade: `prices` (open, adverse extreme, favourable extreme, close), filled levels before it.
 
@@ -293,7 +298,7 @@ def _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, adverse
     return filled, NONE, 0.0, order_matters
 
 
-@njit(cache=True, inline="always")
+@njit(cache=_CACHED, inline="always")
 def _reach(price, sign, levels, filled):
     """Number of filled levels after `price`: every level that it reaches fills, in order."""
     while filled < len(levels) and sign * (price - levels[filled]) >= 0:
@@ -301,26 +306,26 @@ def _reach(price, sign, levels, filled):
     return filled
 
 
-@njit(cache=True, inline="always")
+@njit(cache=_CACHED, inline="always")
 def _stop_reason(filled):
     if filled == 0:
         return STOP
     return BREAKEVEN if filled == 1 else LOCK
 
 
-@njit(cache=True)
+@njit(cache=_CACHED)
 def _walk_one_bar(prices, bars_before, sign, horizon, levels, stops, filled):
     return _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, True)
 
 
-@njit(cache=True)
+@njit(cache=_CACHED)
 def _prices(entry, sign, distances, prices):
     """entry * (1 + s * distance) for every distance, into `prices`."""
     for number in range(len(distances)):
         prices[number] = entry * (1 + sign * distances[number])
 
 
-@njit(cache=True)
+@njit(cache=_CACHED)
 def _walk_trade(bars, first, rule, entry, levels, stops, adverse_first):
     """A whole trade from its entry bar: (return, exit reason, bars held, filled levels, whether order may matter)."""
     filled, order_mattered, sign, horizon = 0, False, rule.sign, rule.horizon
@@ -343,7 +348,7 @@ def _walk_trade(bars, first, rule, entry, levels, stops, adverse_first):
     return total, reason, held + 1, filled, order_mattered
 
 
-@njit(cache=True)
+@njit(cache=_CACHED)
 def _label_bars(bars, rule):
     """A trade from every bar; backwards, so that the next missing bar is known without looking for it."""
     count = len(bars.open)

@@ -1,0 +1,105 @@
+"""All SQL of Perpcast: the server, the schema and its migrations, bulk COPY in and out, and queries by name.
+
+`Database` is the handle that every query takes first: `command_line.open_database` makes one from the configuration,
+`open_engine` from an address.
+"""
+
+from perpcast.database.address import DatabaseAddress, create_database
+from perpcast.database.candles import (
+    CandleGap,
+    CandleSpan,
+    read_candle_gaps,
+    read_candle_spans,
+    read_candles,
+    read_funding_rates,
+    read_instruments,
+    read_missing_ranges,
+    replace_candle_gaps,
+    upsert_candles,
+    upsert_funding_rates,
+    upsert_instruments,
+)
+from perpcast.database.engine import Database, open_engine, plain_errors
+from perpcast.database.journal import (
+    EquityRecord,
+    EventRecord,
+    PositionRecord,
+    SignalRecord,
+    read_equity,
+    read_events,
+    read_positions,
+    read_signals,
+    write_journal,
+)
+from perpcast.database.migrations import check_schema, migrate, read_row_counts, reset, schema_version
+from perpcast.database.models import (
+    ModelRecord,
+    TrainingSequence,
+    read_models,
+    replace_predictions,
+    replace_training_sequences,
+    update_model_state,
+    upsert_model,
+)
+from perpcast.database.processed import ProcessedSeries, read_processed, read_processed_spans, replace_processed
+from perpcast.database.server import (
+    EmbeddedServer,
+    embedded_server,
+    ensure_server,
+    find_listener,
+    free_port,
+    remove_server,
+    stop_server,
+)
+
+__all__ = [
+    "CandleGap",
+    "CandleSpan",
+    "Database",
+    "DatabaseAddress",
+    "EmbeddedServer",
+    "EquityRecord",
+    "EventRecord",
+    "ModelRecord",
+    "PositionRecord",
+    "ProcessedSeries",
+    "SignalRecord",
+    "TrainingSequence",
+    "check_schema",
+    "create_database",
+    "embedded_server",
+    "ensure_server",
+    "find_listener",
+    "free_port",
+    "migrate",
+    "open_engine",
+    "plain_errors",
+    "read_candle_gaps",
+    "read_candle_spans",
+    "read_candles",
+    "read_equity",
+    "read_events",
+    "read_funding_rates",
+    "read_instruments",
+    "read_missing_ranges",
+    "read_models",
+    "read_positions",
+    "read_processed",
+    "read_processed_spans",
+    "read_row_counts",
+    "read_signals",
+    "remove_server",
+    "replace_candle_gaps",
+    "replace_predictions",
+    "replace_processed",
+    "replace_training_sequences",
+    "reset",
+    "schema_version",
+    "stop_server",
+    "update_model_state",
+    "upsert_candles",
+    "upsert_funding_rates",
+    "upsert_instruments",
+    "upsert_model",
+    "write_journal",
+]

@@ -1,0 +1,121 @@
+"""Datasets, models and their predictions: what was trained on what, and what it said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Engine, delete, select, update
+from sqlalchemy.dialects.postgresql import insert
+
+from perpcast.database.binary_copy import Block, copy_in
+from perpcast.database.schema import MODEL_STATES, model_metadata, model_predictions, training_sequences
+from perpcast.timeframe import from_ms
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """A contiguous range of valid windows of one symbol in one split, named by their last bars."""
+
+    symbol: str
+    split: str
+    first_window_ms: int
+    last_window_ms: int
+    windows: int
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A row of `model_metadata`. Dictionaries become JSON; a NaN in them becomes null."""
+
+    model_id: str
+    created_at: datetime
+    task: Mapping[str, Any]
+    architecture: str
+    parameters: Mapping[str, Any]
+    dataset_id: str
+    dataset_fingerprint: str
+    metrics: Mapping[str, Any]
+    baselines: Mapping[str, Any]
+    bundle_path: str
+    bundle_sha256: str
+    code_revision: str | None = None
+    state: str = "candidate"
+
+
+def replace_training_sequences(
+    engine: Engine, dataset_id: str, sequences: Sequence[TrainingSequence], fingerprint: str, task: Mapping[str, Any]
+) -> None:
+    """Makes `sequences` all that is recorded of one dataset."""
+    rows = [
+        {
+            "dataset_id": dataset_id,
+            "symbol": sequence.symbol,
+            "split": sequence.split,
+            "first_window": from_ms(sequence.first_window_ms),
+            "last_window": from_ms(sequence.last_window_ms),
+            "windows": sequence.windows,
+            "fingerprint": fingerprint,
+            "task": dict(task),
+        }
+        for sequence in sequences
+    ]
+    with engine.begin() as connection:
+        connection.execute(delete(training_sequences).where(training_sequences.c.dataset_id == dataset_id))
+        if rows:
+            connection.execute(training_sequences.insert(), rows)
+
+
+def upsert_model(engine: Engine, model: ModelRecord) -> None:
+    """Stores a model under its id; a second training of the same id leaves one row."""
+    assert model.state in MODEL_STATES, f"state must be one of {MODEL_STATES}"
+    row = {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in ((column.name, getattr(model, column.name)) for column in model_metadata.columns)
+    }
+    new = {name: value for name, value in row.items() if name != "model_id"}
+    with engine.begin() as connection:
+        connection.execute(
+            insert(model_metadata).values(row).on_conflict_do_update(index_elements=["model_id"], set_=new)
+        )
+
+
+def read_models(engine: Engine, state: str | None = None) -> list[ModelRecord]:
+    """The models, newest first; of one state or of all."""
+    query = select(model_metadata).order_by(model_metadata.c.created_at.desc(), model_metadata.c.model_id)
+    if state is not None:
+        query = query.where(model_metadata.c.state == state)
+    with engine.connect() as connection:
+        return [ModelRecord(**row) for row in connection.execute(query).mappings()]
+
+
+def update_model_state(engine: Engine, model_id: str, state: str) -> None:
+    """Moves a model to another state."""
+    assert state in MODEL_STATES, f"state must be one of {MODEL_STATES}"
+    with engine.begin() as connection:
+        connection.execute(update(model_metadata).where(model_metadata.c.model_id == model_id).values(state=state))
+
+
+def replace_predictions(
+    engine: Engine, model_id: str, symbol: str, open_time_ms: np.ndarray, outputs: Mapping[str, np.ndarray]
+) -> None:
+    """Makes these all predictions of one model for one symbol.
+
+    `outputs` by name (`buy_mean`, …), each [n]; NaN is stored as NULL.
+    """
+    names = tuple(outputs)
+    unknown = set(names) - set(model_predictions.columns.keys())
+    assert not unknown, f"not columns of model_predictions: {sorted(unknown)}"
+    values = np.column_stack([outputs[name] for name in names])
+    table = model_predictions
+    with engine.begin() as connection:
+        connection.execute(delete(table).where(table.c.model_id == model_id, table.c.symbol == symbol))
+        copy_in(
+            connection,
+            table.name,
+            [("model_id", model_id), ("symbol", symbol)],
+            (Block(("open_time",), "time"), Block(names, "real")),
+            (open_time_ms, values),
+            (None, np.isnan(values)),
+        )

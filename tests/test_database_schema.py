@@ -1,0 +1,132 @@
+"""Migrations: from nothing, from an older version, twice, at the same time, and refused where they do not fit."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Connection, inspect, text
+
+from perpcast.database import (
+    Database,
+    DatabaseAddress,
+    check_schema,
+    migrate,
+    open_engine,
+    read_row_counts,
+    reset,
+    schema_version,
+)
+from perpcast.database.migrations import MIGRATIONS, Migration
+from perpcast.database.schema import INDICATORS, metadata
+from perpcast.errors import DatabaseUnavailableError
+from perpcast.features import indicators
+
+
+def add_column(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE candle_gaps ADD COLUMN note text"))
+
+
+def fail(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE candle_gaps ADD COLUMN half text"))
+    raise RuntimeError("killed half-way")
+
+
+NEXT = Migration("a note on gaps", add_column)
+BROKEN = Migration("breaks", fail)
+
+
+@pytest.fixture
+def empty(empty_database: DatabaseAddress) -> Iterator[Database]:
+    engine = open_engine(empty_database)
+    yield engine
+    engine.dispose()
+
+
+def columns(engine: Database, table: str) -> set[str]:
+    return {column["name"] for column in inspect(engine).get_columns(table)}
+
+
+def test_empty_database_gets_every_table_once(empty: Database) -> None:
+    assert schema_version(empty) == 0
+    with pytest.raises(DatabaseUnavailableError, match=r"holds no tables yet; run: python init_database\.py"):
+        check_schema(empty)
+    assert migrate(empty) == [migration.name for migration in MIGRATIONS]
+    assert migrate(empty) == []
+    check_schema(empty)
+    assert schema_version(empty) == len(MIGRATIONS)
+    assert set(inspect(empty).get_table_names()) == set(metadata.tables)
+    assert set(read_row_counts(empty).values()) == {0}
+
+
+def test_every_time_is_a_timestamptz(database: Database) -> None:
+    """A time without a zone would change its meaning with the session's setting."""
+    query = text("SELECT table_name || '.' || column_name FROM information_schema.columns WHERE data_type LIKE :kind")
+    with database.connect() as connection:
+        assert connection.execute(query, {"kind": "timestamp without%"}).all() == []
+        assert len(connection.execute(query, {"kind": "timestamp with %"}).all()) > 10
+
+
+def test_indicators_are_the_registered_ones() -> None:
+    assert indicators.COLUMNS == INDICATORS
+    assert len(INDICATORS) == len(set(INDICATORS)) == 49
+
+
+def test_older_schema_is_refused_then_migrated_and_keeps_its_rows(database: Database) -> None:
+    with database.begin() as connection:
+        connection.execute(text("INSERT INTO candle_gaps VALUES ('BTCUSDT', now(), 3, 'exchange_outage', NULL)"))
+    newer = (*MIGRATIONS, NEXT)
+    with pytest.raises(DatabaseUnavailableError, match=r"has schema version 1, expected 2; run: python init_database"):
+        check_schema(database, newer)
+    assert migrate(database, newer) == ["a note on gaps"]
+    assert migrate(database, newer) == []
+    check_schema(database, newer)
+    assert "note" in columns(database, "candle_gaps")
+    assert read_row_counts(database)["candle_gaps"] == 1
+
+
+def test_newer_schema_is_refused_and_left_alone(database: Database) -> None:
+    migrate(database, (*MIGRATIONS, NEXT))
+    for attempt in (check_schema, migrate):
+        with pytest.raises(DatabaseUnavailableError, match="schema version 2, this program knows 1: .* newer Perpcast"):
+            attempt(database)
+    assert schema_version(database) == 2
+
+
+def test_migration_that_fails_leaves_the_version_before_and_can_be_repeated(database: Database) -> None:
+    with pytest.raises(RuntimeError, match="killed half-way"):
+        migrate(database, (*MIGRATIONS, NEXT, BROKEN))
+    assert schema_version(database) == 2
+    assert "half" not in columns(database, "candle_gaps")
+    assert migrate(database, (*MIGRATIONS, NEXT, Migration("mended", lambda connection: None))) == ["mended"]
+
+
+def test_two_commands_migrate_at_the_same_time(empty: Database) -> None:
+    applied: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: applied.append(migrate(empty))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(applied, key=len) == [[], [], [], [MIGRATIONS[0].name]]
+
+
+def test_tables_of_somebody_else_are_not_taken_over(empty: Database) -> None:
+    with empty.begin() as connection:
+        connection.execute(text("CREATE TABLE orders (mine int)"))
+    with pytest.raises(DatabaseUnavailableError, match="already holds tables that are not ours: orders"):
+        migrate(empty)
+    with pytest.raises(DatabaseUnavailableError, match="not ours"):
+        reset(empty)
+    assert columns(empty, "orders") == {"mine"}
+
+
+@pytest.mark.parametrize("migrations", [MIGRATIONS, (*MIGRATIONS, NEXT)], ids=["current", "newer"])
+def test_reset_empties_our_tables_and_leaves_others(database: Database, migrations: tuple[Migration, ...]) -> None:
+    migrate(database, migrations)
+    with database.begin() as connection:
+        connection.execute(text("INSERT INTO funding_rates VALUES ('BTCUSDT', now(), 0.0001)"))
+        connection.execute(text("CREATE TABLE diary (mine int)"))
+    reset(database)
+    check_schema(database)
+    assert read_row_counts(database)["funding_rates"] == 0
+    assert columns(database, "diary") == {"mine"}
