@@ -138,7 +138,7 @@ def inference() -> tuple[float, float]:
 
     from perpcast.features.inputs import KNOWN, OBSERVED
     from perpcast.models import build_model
-    from perpcast.models.export import to_onnx
+    from perpcast.models.export import export_onnx
     from perpcast.training.dataset import regression_task
 
     symbols = load_settings([ROOT / "config.yaml"]).data_download.symbols
@@ -154,7 +154,9 @@ def inference() -> tuple[float, float]:
     }
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(to_onnx(network, task), providers=["CPUExecutionProvider"])
+    network(feed)  # Keras exports a network that has been called
+
+    session = onnxruntime.InferenceSession(export_onnx(network, feed)[0], providers=["CPUExecutionProvider"])
     ours = 51 / seconds(lambda: session.run(None, feed), 10)
     keras.utils.disable_interactive_logging()
     return ours, 51 / seconds(lambda: network.predict(feed), 5)

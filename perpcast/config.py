@@ -55,6 +55,7 @@ class DownloadSettings(Section):
     interval: str
     days: Positive
     symbols: Annotated[tuple[str, ...], Field(min_length=1)]
+    universe_as_of: str
 
     @field_validator("interval")
     @classmethod

@@ -5,7 +5,7 @@ A row on the wire is a field count, then for each field its length and its big-e
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,9 +62,14 @@ def copy_in(
 
 
 def copy_out(
-    connection: Connection, table: Table, symbol: str, blocks: Sequence[Block], start_ms: int | None, end_ms: int | None
+    connection: Connection,
+    table: Table,
+    keys: Mapping[str, str],
+    blocks: Sequence[Block],
+    start_ms: int | None = None,
+    end_ms: int | None = None,
 ) -> list[np.ndarray]:
-    """Rows of one symbol by rising `open_time`, from `start_ms` up to but without `end_ms`: an array for each block.
+    """Rows with these keys by rising `open_time`, from `start_ms` up to but without `end_ms`: an array for each block.
 
     Arrays are [n] for one column, else [n, columns]; NULL becomes NaN, 0 or False. All but times are views of the
     message in its byte order: the caller copies them once, into the type that it wants.
@@ -78,7 +83,7 @@ def copy_out(
         for block in blocks
         for name in block.names
     ]
-    conditions = [sql.SQL("symbol = {}").format(sql.Literal(symbol))]
+    conditions = [sql.SQL("{} = {}").format(sql.Identifier(name), sql.Literal(key)) for name, key in keys.items()]
     for operator, time_ms in ((">=", start_ms), ("<", end_ms)):
         if time_ms is not None:
             conditions.append(

@@ -69,7 +69,7 @@ def upsert_candles(engine: Engine, symbol: str, candles: CandleSeries) -> int:
 def read_candles(engine: Engine, symbol: str, start_ms: int | None = None, end_ms: int | None = None) -> CandleSeries:
     """The bars of one symbol, oldest first, from `start_ms` up to but without `end_ms`; None is unbounded."""
     with engine.connect() as connection:
-        open_time_ms, prices = copy_out(connection, raw_market_data, symbol, _BLOCKS, start_ms, end_ms)
+        open_time_ms, prices = copy_out(connection, raw_market_data, {"symbol": symbol}, _BLOCKS, start_ms, end_ms)
     return CandleSeries(open_time_ms, *(np.ascontiguousarray(column, np.float64) for column in prices.T))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from sqlalchemy import Engine, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from perpcast.database.binary_copy import Block, copy_in
+from perpcast.database.binary_copy import Block, copy_in, copy_out
 from perpcast.database.schema import MODEL_STATES, model_metadata, model_predictions, training_sequences
 from perpcast.timeframe import from_ms
 
@@ -119,3 +119,15 @@ def replace_predictions(
             (open_time_ms, values),
             (None, np.isnan(values)),
         )
+
+
+def read_predictions(
+    engine: Engine, model_id: str, symbol: str, names: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What one model said of one symbol: open times int64 [n], rising, and each named output, float32 [n]."""
+    blocks = (Block(("open_time",), "time"), Block(tuple(names), "real"))
+    with engine.connect() as connection:
+        keys = {"model_id": model_id, "symbol": symbol}
+        open_time_ms, values = copy_out(connection, model_predictions, keys, blocks)
+    values = values.reshape(len(open_time_ms), len(names)).astype(np.float32)
+    return open_time_ms, {name: values[:, column] for column, name in enumerate(names)}

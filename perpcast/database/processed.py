@@ -93,7 +93,7 @@ def read_processed(
 ) -> ProcessedSeries:
     """Indicators and labels of one symbol, oldest first, from `start_ms` up to but without `end_ms`."""
     with engine.connect() as connection:
-        arrays = copy_out(connection, processed_market_data, symbol, _BLOCKS, start_ms, end_ms)
+        arrays = copy_out(connection, processed_market_data, {"symbol": symbol}, _BLOCKS, start_ms, end_ms)
     open_time_ms, values, parts = arrays[0], arrays[1 : 1 + len(_RUNS)], arrays[1 + len(_RUNS) :]
     indicators = np.empty((len(open_time_ms), len(INDICATORS)))
     for (columns, block), value in zip(_RUNS, values, strict=True):

@@ -1,0 +1,275 @@
+"""Runs the whole pipeline, from the exchange to the exported model: the stages below, one after the other.
+
+Run: python run_futures_pipeline.py [--demo]. Reads `config.yaml`; each stage skips what is done already. With --demo
+the same stages run on a synthetic market in the local exchange and on a database of their own, and a paper session
+follows. Writes reports/<run>/index.html, besides what the stages write.
+"""
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+import yaml
+
+from perpcast.command_line import ROOT, console, open_database, stage
+from perpcast.config import Settings, load_settings
+from perpcast.errors import SetupError
+
+if TYPE_CHECKING:
+    from perpcast.database import Database, ModelRecord
+    from perpcast.evaluation.report import PaperSession, RunReport
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script of the pipeline, and what it leaves behind."""
+
+    name: str
+    makes: str
+    command: tuple[str, ...]
+    table: str | None = None  # whose rows the summary counts
+
+
+STAGES = (
+    Stage("database", "the schema on PostgreSQL", ("init_database.py",)),
+    Stage("candles", "closed candles, funding rates, instruments", ("download_data.py",), "raw_market_data"),
+    Stage("features", "49 indicators, and what a trade earned", ("prepare_dataset.py",), "processed_market_data"),
+    Stage(
+        "model",
+        "one Temporal Fusion Transformer, tested and exported",
+        ("train_universal_transformer.py", "--task", "regression"),
+        "model_predictions",
+    ),
+)
+PAPER = Stage("paper", "two days of paper trading with that model", ("live_runner.py", "--mode", "replay"))
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  python run_futures_pipeline.py           the real market: 51 symbols, 3 years, as in config.yaml
+  python run_futures_pipeline.py --demo    a synthetic market, about five minutes, no network, no keys
+"""
+)
+@click.option("--demo", is_flag=True, help="Synthetic market, small network, then two days of paper trading.")
+@stage
+def main(settings: Settings, demo: bool) -> None:
+    """Run every stage up to the exported model, skipping what is done."""
+    if not demo:
+        run(settings, STAGES, market=f"Bybit {settings.exchange.environment}, survivor-biased: symbols chosen on "
+            f"{settings.data_download.universe_as_of}.")  # fmt: skip
+        return
+    with demo_world(load_settings([*settings.files, ROOT / "config.demo.yaml"])) as demo_settings:
+        market = "Synthetic market with a planted edge: this says nothing about real markets."
+        run(demo_settings, (*STAGES, PAPER), market)
+
+
+def run(settings: Settings, stages: tuple[Stage, ...], market: str) -> None:
+    """The stages, then the summary table and the report."""
+    begun = time.monotonic()
+    seconds = run_stages(settings, stages)
+    with open_database(settings) as database:
+        report = make_report(settings, database, seconds, market)
+    from perpcast.evaluation.report import write_report
+
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{report.facts['model']}"
+    path = write_report(report, settings.path("reports", name))
+    summarize(report)
+    console.print(f"{market}\nall stages in {time.monotonic() - begun:.0f} s; report: {path}")
+    console.print("next: open the report in a browser; curves: tensorboard --logdir logs")
+
+
+def run_stages(settings: Settings, stages: tuple[Stage, ...]) -> dict[Stage, float]:
+    """Runs the scripts in order; returns the seconds of each. The first that fails ends the pipeline."""
+    seconds = {}
+    for number, each in enumerate(stages, 1):
+        console.rule(f"[bold]{number}/{len(stages)} {each.name}[/bold]: {each.makes}", align="left")
+        started = time.monotonic()
+        run_script(settings, *each.command)
+        seconds[each] = time.monotonic() - started
+    return seconds
+
+
+def run_script(settings: Settings, script: str, *options: str) -> None:
+    """Runs one script with our configuration files; ends the pipeline with its exit code where it fails."""
+    files = [argument for path in settings.files for argument in ("--config", str(path))]
+    code = subprocess.run([sys.executable, ROOT / script, *options, *files], check=False).returncode
+    if code:
+        message = f"{script} ended with exit code {code}: its last lines say why; then run the same command again"
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code if code > 0 else 1)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def make_report(settings: Settings, database: "Database", seconds: Mapping[Stage, float], market: str) -> "RunReport":
+    """What the run has to show, from what the stages stored."""
+    from perpcast.database import read_models, read_row_counts
+    from perpcast.evaluation import report
+    from perpcast.training.dataset import load_dataset
+    from perpcast.training.outcome import read_outcome
+
+    model = read_models(database)[0]
+    dataset = load_dataset(settings.path("datasets", model.dataset_id))
+    outcome = read_outcome(database, dataset, model.model_id, settings.model.seed)
+    counts = read_row_counts(database)
+    return report.RunReport(
+        title=f"Perpcast {model.model_id}",
+        market=market,
+        evaluation=outcome.evaluation,
+        choice=outcome.choice,
+        history=model.metrics["history"],
+        stages=tuple(
+            report.Stage(each.name, spent, counts[each.table] if each.table else None)
+            for each, spent in seconds.items()
+        ),
+        facts={
+            "model": model.model_id,
+            "dataset": model.dataset_id,
+            "fingerprint": model.dataset_fingerprint,
+            "code revision": model.code_revision or "unknown",
+            "universe as of": settings.data_download.universe_as_of,
+        },
+        reproduce="make demo" if PAPER in seconds else "python run_futures_pipeline.py",
+        paper=paper_session(settings, database, model) if PAPER in seconds else None,
+    )
+
+
+def paper_session(settings: Settings, database: "Database", model: "ModelRecord") -> "PaperSession":
+    """The newest replay of the model, from its journal."""
+    from perpcast.database import read_equity, read_positions
+    from perpcast.evaluation.report import PaperSession, PaperTrade
+    from perpcast.exit_policy import EXIT_REASONS
+    from perpcast.live.journal import DatabaseJournal, sessions
+    from perpcast.timeframe import to_ms
+
+    name = sessions(DatabaseJournal(database), f"replay-local-{model.model_id}")[-1]
+    equity, positions = read_equity(database, name), read_positions(database, name)
+    trades = tuple(
+        PaperTrade(
+            symbol=position.symbol,
+            side=position.side,
+            entry_time_ms=to_ms(position.entry_time),
+            exit_time_ms=to_ms(position.exit_time),
+            exit_reason=EXIT_REASONS[position.exit_reason or 0],
+            return_fraction=position.realized_return or 0.0,
+            earned=position.realized_pnl,
+        )
+        for position in positions
+        if position.exit_time is not None
+    )
+    return PaperSession(
+        open_time_ms=np.array([to_ms(record.time) for record in equity], np.int64),
+        equity=np.array([record.equity for record in equity]),
+        initial=settings.capital.initial,
+        trades=trades,
+        open_positions=len(positions) - len(trades),
+    )
+
+
+def summarize(report: "RunReport") -> None:
+    """The run in one table: rows and time per stage, scores against baselines, trades and what they earned."""
+    from rich.table import Column, Table
+
+    table = Table("stage", Column("rows", justify="right"), Column("seconds", justify="right"), title=report.title)
+    for each in report.stages:
+        table.add_row(each.name, "" if each.rows is None else f"{each.rows:,}", f"{each.seconds:.1f}")
+    console.print(table)
+    cards = report.evaluation.cards
+    scores = Table("test span", *(Column(card.name, justify="right") for card in cards))
+    for metric, title, form in (
+        ("rank_ic", "rank IC by day", "{:+.3f}"),
+        ("mae", "MAE", "{:.2%}"),
+        ("direction", "direction accuracy", "{:.1%}"),
+        ("trades", "trades above the threshold", "{:,.0f}"),
+        ("trade_return", "net return per trade", "{:+.2%}"),
+    ):
+        values = [card.scores[metric].value for card in cards]
+        scores.add_row(title, *(form.format(value) if np.isfinite(value) else "-" for value in values))
+    console.print(scores)
+    console.print(report.evaluation.verdict.sentence)
+    if report.paper is not None:
+        paper = report.paper
+        earned = float(paper.equity[-1]) - paper.initial if len(paper.equity) else 0.0
+        console.print(
+            f"paper session: {len(paper.equity)} bars, {len(paper.trades)} trades closed, {paper.open_positions} open, "
+            f"PnL {earned:+,.2f} USDT on {paper.initial:,.0f}"
+        )
+
+
+# --- the demo's world ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def demo_world(settings: Settings) -> Iterator[Settings]:
+    """The demo's own exchange and database on free ports; both end with it. Yields the settings that point there.
+
+    The exchange runs in this process, so that nothing of it is left after a kill -9; its time stands still until the
+    paper session subscribes, so that every demo downloads and trades the same bars.
+    """
+    from perpcast.database import free_port, stop_server
+    from perpcast.simulator.clock import RunningClock
+    from perpcast.simulator.server import serve_in_thread
+    from perpcast.simulator.synthetic import SyntheticMarket
+    from perpcast.timeframe import interval_ms, parse_time, to_ms
+
+    demo, server = settings.demo, settings.path(settings.database.directory)
+    session = server.parent / "session.yaml"
+    server.parent.mkdir(parents=True, exist_ok=True)
+    now_ms = to_ms(parse_time(demo.now))
+    end_ms = now_ms + (demo.replay_bars + 4) * interval_ms(settings.data_download.interval)
+    market = SyntheticMarket(demo.market_seed, demo.planted_edge, end_ms)
+    clock = RunningClock(now_ms, demo.speed, time.monotonic)
+    with only_one(server.parent / "demo.lock"), stopped_by_signals(), serve_in_thread(market, clock) as exchange:
+        try:
+            # A demo that was killed may have left its database server running on another port.
+            stop_server(server)
+            place = {
+                "database": {"port": free_port()},
+                "exchange": {"environment": "local", "rest_url": exchange.rest_url, "ws_url": exchange.ws_url},
+            }
+            session.write_text(yaml.safe_dump(place), encoding="utf-8")
+            yield load_settings([*settings.files, session])
+        finally:
+            stop_server(server)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Refuses a second demo in the same clone; the system frees the lock at our death."""
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SetupError("another demo is running in this clone: wait for its end, or use a second clone") from None
+        yield
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """SIGTERM ends the pipeline as Ctrl-C does, with everything that it started."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()
