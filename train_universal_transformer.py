@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from perpcast.training.dataset import Dataset
     from perpcast.training.outcome import Outcome
 
-# Enters the id of a model: raise it when the same dataset and settings would give another network.
-NETWORK_VERSION = "tft/1"
 GOLDEN_WINDOWS = 3
 
 
@@ -91,8 +89,11 @@ def make_dataset(settings: Settings, database: "Database") -> "Dataset":
 
 def name_of(dataset: "Dataset", settings: Settings) -> str:
     """The model's id: a function of the data and of everything that shapes the network."""
-    described = json.dumps([dataset.fingerprint, settings.model.model_dump(mode="json"), NETWORK_VERSION])
-    return f"{settings.model.architecture}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
+    from perpcast.models import VERSIONS
+
+    architecture = settings.model.architecture
+    described = json.dumps([dataset.fingerprint, settings.model.model_dump(mode="json"), VERSIONS[architecture]])
+    return f"{architecture}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def is_complete(settings: Settings, database: "Database", model_id: str) -> bool:

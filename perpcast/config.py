@@ -169,6 +169,7 @@ class ModelSettings(Section):
     prediction_horizon: Annotated[int, Field(ge=1, le=10_000)]
     d_model: Positive
     num_heads: Positive
+    variable_width: Positive | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
     batch_size: Positive
     batch_size_gpu: Positive

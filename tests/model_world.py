@@ -34,6 +34,7 @@ SETTINGS = ModelSettings(
     prediction_horizon=HORIZON,
     d_model=8,
     num_heads=2,
+    variable_width=None,
     dropout=0.1,
     batch_size=64,
     batch_size_gpu=64,

@@ -31,7 +31,11 @@ def trained(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple
     epochs: list[int] = []
     steps: list[int] = []
     result = train(
-        dataset, SETTINGS, run_dir, lambda epoch, _: epochs.append(epoch), lambda done, total: steps.append(total - done)
+        dataset,
+        SETTINGS,
+        run_dir,
+        lambda epoch, _: epochs.append(epoch),
+        lambda done, total: steps.append(total - done),
     )
     return result, run_dir, epochs, steps
 
@@ -66,7 +70,14 @@ def test_exported_bundle_answers_as_keras(
     observed, known = dataset.gather(rows)
     names = [dataset.task.symbols[code] for code in dataset.symbol[rows]]
     parts = BundleParts(
-        model, dataset.task, dataset.scaler, target_scaler, 0.001, {"a": 1}, "card", (observed[:3], known[:3], names[:3])
+        model,
+        dataset.task,
+        dataset.scaler,
+        target_scaler,
+        0.001,
+        {"a": 1},
+        "card",
+        (observed[:3], known[:3], names[:3]),
     )
     save_bundle(tmp_path / "tft-1", parts)
     bundle = load_bundle(tmp_path / "tft-1")

@@ -2,8 +2,9 @@
 what they name, so that a step that is written again leaves one row."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, select
@@ -89,8 +90,10 @@ def write_journal(engine: Engine, records: Iterable[Record]) -> None:
     """Writes records in the order given, all of them or none. Signals and events are kept as first written; positions
     and equity take the newest values. Raises sqlalchemy.exc.IntegrityError where a symbol had two open positions."""
     with engine.begin() as connection:
-        for record in records:
-            _write(connection, _TABLES[type(record)], asdict(record))
+        for kind, alike in groupby(records, type):
+            names = [field.name for field in fields(kind)]
+            rows = [{name: getattr(record, name) for name in names} for record in alike]
+            _write(connection, _TABLES[kind], rows)
 
 
 def read_signals(engine: Engine, run: str) -> list[SignalRecord]:
@@ -115,14 +118,17 @@ def read_events(engine: Engine, run: str) -> list[EventRecord]:
     return [EventRecord(**row) for row in _read(engine, events, run, (events.c.number,))]
 
 
-def _write(connection: Connection, table: Table, row: dict[str, Any]) -> None:
-    statement = insert(table).values(row)
-    if table in _HISTORY:
-        connection.execute(statement.on_conflict_do_nothing(index_elements=list(table.primary_key)))
-        return
+def _write(connection: Connection, table: Table, rows: list[dict[str, Any]]) -> None:
+    """Many rows in one round trip: a bar of twelve symbols writes dozens."""
+    statement = insert(table)
     keys = [column.name for column in table.primary_key]
-    new = {name: value for name, value in row.items() if name not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=new))
+    if table in _HISTORY:
+        connection.execute(statement.on_conflict_do_nothing(index_elements=keys), rows)
+        return
+    # One statement may touch a row once: of two states of a position the later one counts.
+    rows = list({tuple(row[key] for key in keys): row for row in rows}.values())
+    new = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=new), rows)
 
 
 def _read(engine: Engine, table: Table, run: str, order: tuple[Any, ...]) -> list[Any]:

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
 VERSIONS = {"tft": "tft/1"}
 
 
-def build_model(task: Task, architecture: str, *, d_model: int, num_heads: int, dropout: float) -> "keras.Model":
+def build_model(
+    task: Task,
+    architecture: str,
+    *,
+    d_model: int,
+    num_heads: int,
+    dropout: float,
+    variable_width: int | None = None,
+) -> "keras.Model":
     """The named network for a task, with fresh weights. Raises ValueError for a name that is not in `VERSIONS`."""
     if architecture not in VERSIONS:
         raise ValueError(f"architecture must be one of {', '.join(VERSIONS)}, received {architecture!r}")
     from perpcast.models.tft import build_tft
 
-    return build_tft(task, d_model=d_model, num_heads=num_heads, dropout=dropout)
+    return build_tft(task, d_model=d_model, num_heads=num_heads, dropout=dropout, variable_width=variable_width)

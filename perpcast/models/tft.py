@@ -20,8 +20,14 @@ from perpcast.models.layers import (
 from perpcast.task import Target, Task
 
 
-def build_tft(task: Task, *, d_model: int, num_heads: int, dropout: float) -> keras.Model:
-    """{observed [B, T, F], known [B, T, K], symbol [B]} to [B, outputs] in scaled units, `Task.outputs` in order."""
+def build_tft(
+    task: Task, *, d_model: int, num_heads: int, dropout: float, variable_width: int | None = None
+) -> keras.Model:
+    """{observed [B, T, F], known [B, T, K], symbol [B]} to [B, outputs] in scaled units, `Task.outputs` in order.
+
+    `variable_width` is the width of each variable's own network, d_model unless given (the paper's). The variable
+    selection is nearly all of the work and costs in proportion to it; a narrow one is widened after the selection.
+    """
     if task.static != ("symbol",):
         raise ValueError(f"the network knows one static input, 'symbol', received {task.static}")
     inputs = {
@@ -37,7 +43,10 @@ def build_tft(task: Task, *, d_model: int, num_heads: int, dropout: float) -> ke
     }
 
     bars = keras.layers.Concatenate(name="variables")([inputs["observed"], inputs["known"]])
-    selected = VariableSelection(d_model, dropout, name="variable_selection")(bars, contexts["selection"])
+    width = variable_width or d_model
+    selected = VariableSelection(width, dropout, name="variable_selection")(bars, contexts["selection"])
+    if width != d_model:
+        selected = keras.layers.Dense(d_model, name="widened")(selected)
     # Not cuDNN: it keeps XLA from compiling the model, and its node has no form in ONNX.
     lstm = keras.layers.LSTM(d_model, return_sequences=True, use_cudnn=False, name="lstm")(
         selected, initial_state=[contexts["state_h"], contexts["state_c"]]

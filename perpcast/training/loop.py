@@ -67,6 +67,7 @@ def train(
         d_model=settings.d_model,
         num_heads=settings.num_heads,
         dropout=settings.dropout,
+        variable_width=settings.variable_width,
     )
     on_gpu = bool(keras.distribution.list_devices("gpu"))
     batch = settings.batch_size_gpu if on_gpu else settings.batch_size
@@ -86,6 +87,8 @@ def train(
         loss=regression_loss(dataset.task),
         jit_compile=True,
     )
+    # Variables that appear while the step is traced make TensorFlow trace and compile it twice.
+    model.optimizer.build(model.trainable_variables)
     watch = _Watch(network, settings.early_stopping_patience, steps, on_epoch, on_step)
     rows = evenly_spaced(dataset.index["v1"], drawn.batch, settings.samples_per_epoch)
     model.fit(
