@@ -17,7 +17,7 @@ demo: .venv/.train
 	@$(PYTHON) run_futures_pipeline.py --demo
 
 test: check
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: .venv/.dev
 	$(PYTHON) -m ruff format --check .

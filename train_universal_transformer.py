@@ -166,7 +166,9 @@ def export(settings: Settings, dataset: "Dataset", trained: Any, outcome: "Outco
     from perpcast.bundle import BundleParts, save_bundle
     from perpcast.models.export import BATCHES, export_onnx
 
-    rows = dataset.index["test"][: max(BATCHES)]
+    # Spread over the span and the symbols: rows are ordered by symbol.
+    test = dataset.index["test"]
+    rows = test[np.linspace(0, len(test) - 1, max(BATCHES)).round().astype(np.int64)]
     observed, known = dataset.gather(rows)
     symbols = [dataset.task.symbols[code] for code in dataset.symbol[rows]]
     scaled = dataset.scaler.apply(np.concatenate([observed, known], axis=-1))
@@ -189,7 +191,7 @@ def export(settings: Settings, dataset: "Dataset", trained: Any, outcome: "Outco
         "onnx_difference": difference,
         "reproduce": "python train_universal_transformer.py --task regression",
     }
-    few = slice(0, GOLDEN_WINDOWS)
+    few = slice(None, None, len(rows) // GOLDEN_WINDOWS)
     parts = BundleParts(
         model=model,
         task=dataset.task,

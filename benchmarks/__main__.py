@@ -145,7 +145,14 @@ def inference() -> tuple[float, float]:
     policies = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
     task = replace(regression_task("15", 60, 100, symbols, policies))
     model = SETTINGS.model
-    network = build_model(task, "tft", d_model=model.d_model, num_heads=model.num_heads, dropout=0.0)
+    network = build_model(
+        task,
+        "tft",
+        d_model=model.d_model,
+        num_heads=model.num_heads,
+        dropout=0.0,
+        variable_width=model.variable_width,
+    )
     rng = np.random.default_rng(0)
     feed = {
         "observed": rng.normal(size=(51, 60, len(OBSERVED))).astype(np.float32),
@@ -169,7 +176,7 @@ def main() -> None:
     candles = year_of_candles()
     rows: list[tuple[str, str, str, Callable[[], tuple[float, float]]]] = [
         ("labels, both sides", "bars/s", "plain Python", lambda: labels(candles)),
-        ("49 indicators", "bars/s", "ta, 20 of them", lambda: indicators(candles)),
+        ("49 indicators", "bars/s", "ta, 18 of them", lambda: indicators(candles)),
         ("candles into PostgreSQL", "rows/s", "pandas.to_sql", lambda: storage(candles)),
         ("prediction, 51 symbols", "windows/s", "Keras predict", inference),
     ]

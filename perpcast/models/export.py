@@ -1,6 +1,7 @@
 """A network as ONNX, refused where onnxruntime answers anything else than Keras."""
 
 import tempfile
+import warnings
 from pathlib import Path
 
 import keras
@@ -22,7 +23,10 @@ def export_onnx(network: keras.Model, inputs: dict[str, np.ndarray]) -> tuple[by
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        network.export(path, format="onnx", verbose=False)
+        with warnings.catch_warnings():
+            # Keras asks numpy for a name that numpy no longer has, to give it back to tf2onnx.
+            warnings.filterwarnings("ignore", "In the future `np.object`", FutureWarning)
+            network.export(path, format="onnx", verbose=False)
         model = path.read_bytes()
     difference = max(_difference(network, model, {name: x[:size] for name, x in inputs.items()}) for size in BATCHES)
     if not difference <= TOLERANCE:
