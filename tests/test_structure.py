@@ -135,3 +135,21 @@ def test_script_explains_itself_with_an_example(script: Path) -> None:
     run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
     assert "Example" in run.stdout
     assert "--config" in run.stdout
+
+
+def test_readme_names_every_file_at_the_top_and_every_room() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rooms = [path for path in (ROOT / "perpcast").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    named = [
+        path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("config*.yaml"), *rooms] if path.name != "__init__.py"
+    ]
+    assert not [name for name in named if name not in readme]
+
+
+def test_nothing_of_a_machine_or_a_registry_is_written_down() -> None:
+    """Lock files hold no host names, and no file a path of the machine that it was written on."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    for name in tracked:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert "://" not in text or not name.endswith(".lock"), name
+        assert "/home/" not in text or name.startswith("tests/"), name
