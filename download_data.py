@@ -62,6 +62,7 @@ def _report(settings: Settings, summary: DownloadSummary, client: BybitClient, s
         f"{format_time(summary.start_ms)} to {format_time(summary.end_ms)} UTC, "
         f"{client.requests:,} requests, {client.retries:,} repeated, {seconds:.1f} s"
     )
+    console.print("next: python prepare_dataset.py")
 
 
 if __name__ == "__main__":

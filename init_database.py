@@ -39,6 +39,7 @@ def main(settings: Settings, show_status: bool, end_server: bool, drop_tables: b
     else:
         with open_database(settings, initialize=True) as engine:
             click.echo(f"{database_address(settings)} is ready, schema version {schema_version(engine)}")
+            click.echo("next: python download_data.py")
 
 
 def stop(settings: Settings) -> None:

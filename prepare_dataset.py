@@ -58,6 +58,7 @@ def _report(symbols: Sequence[str], prepared: list[PreparedSymbol], seconds: flo
         f"{bars:,} bars of {len(prepared)} symbols, {complete:,} with every indicator; "
         f"{written} symbols written, {len(prepared) - written} unchanged, {seconds:.1f} s"
     )
+    console.print("next: python train_universal_transformer.py --task regression")
 
 
 def _base_rates(counts: SideCounts) -> list[str]:
