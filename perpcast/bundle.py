@@ -54,7 +54,7 @@ class Bundle:
         self.task, self.scaler, self.target_scaler = task, scaler, target_scaler
         self.threshold, self.sha256 = threshold, sha256
         self._code = {symbol: code for code, symbol in enumerate(task.symbols)}
-        self._session = onnxruntime.InferenceSession(model, _options(), providers=["CPUExecutionProvider"])
+        self._session = _open_session(model)
         of_output = [number for number, target in enumerate(task.targets) for _ in target.outputs]
         self._mean = np.array(target_scaler.mean)[of_output]
         self._deviation = np.array(target_scaler.deviation)[of_output]
@@ -78,7 +78,14 @@ class Bundle:
         scaled = self.scaler.apply(np.concatenate([observed, known], axis=-1))
         split = observed.shape[-1]
         feed = {"observed": scaled[..., :split], "known": scaled[..., split:], "symbol": codes}
-        return np.asarray(self._session.run(None, feed)[0])
+        outputs = np.asarray(self._session.run(None, feed)[0])
+        expected = (len(codes), len(self.task.outputs))
+        if outputs.shape != expected:
+            raise DataError(
+                f"the network must answer {list(expected)}, as its task says, and answers {list(outputs.shape)}: "
+                "they do not belong together; train again"
+            )
+        return outputs
 
     def _checked(
         self, observed: np.ndarray, known: np.ndarray, symbols: Sequence[str]
@@ -106,29 +113,24 @@ class Bundle:
 
 
 def save_bundle(path: Path, parts: BundleParts) -> Bundle:
-    """Writes the folder `path` aside and renames it, so that a bundle that exists is whole; returns it, loaded."""
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    described = {
-        "task": parts.task.to_json(),
-        "scaler": parts.scaler.to_json(),
-        "target_scaler": parts.target_scaler.to_json(),
-        "threshold": parts.threshold,
-    }
-    (aside / "model.onnx").write_bytes(parts.model)
-    _write_json(aside / "task.json", described)
-    _write_json(aside / "card.json", parts.card)
-    (aside / "card.md").write_text(parts.card_text, encoding="utf-8")
-    bundle = Bundle(parts.model, parts.task, parts.scaler, parts.target_scaler, parts.threshold)
-    observed, known, symbols = parts.golden
-    outputs = bundle.predict(observed, known, symbols)
-    golden: dict[str, Any] = {"observed": observed, "known": known, "symbols": np.array(symbols), **outputs}
-    np.savez(aside / "golden.npz", **golden)
-    (aside / SUMS).write_text("".join(f"{_sha256(aside / name)}  {name}\n" for name in FILES), encoding="utf-8")
-    loaded = load_bundle(aside)
-    shutil.rmtree(path, ignore_errors=True)
-    aside.replace(path)
+    """Writes the folder `path` aside and renames it, so that a bundle that exists is whole; returns it, loaded.
+
+    An older bundle stays until the new one is whole. An error leaves no half of one; what a killed process left
+    behind is removed by the next.
+    """
+    aside, older = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.older")
+    for left_behind in (aside, older):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    try:
+        _write_files(aside, parts)
+        loaded = load_bundle(aside)
+        # A folder cannot be renamed over another one.
+        if path.exists():
+            path.replace(older)
+        aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
     return loaded
 
 
@@ -139,7 +141,7 @@ def load_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path)
     try:
-        sums = (path / SUMS).read_text(encoding="utf-8")
+        sums = (path / SUMS).read_bytes()
         _check_sums(path, sums)
         described = json.loads((path / "task.json").read_text(encoding="utf-8"))
         bundle = Bundle(
@@ -148,14 +150,14 @@ def load_bundle(path: str | Path) -> Bundle:
             Scaler.from_json(described["scaler"]),
             Scaler.from_json(described["target_scaler"]),
             float(described["threshold"]),
-            hashlib.sha256(sums.encode()).hexdigest(),
+            hashlib.sha256(sums).hexdigest(),
         )
         _check_golden(path, bundle)
     except FileNotFoundError as error:
         raise MissingInputError(
             f"no model bundle in {path}: {Path(error.filename).name} is not there; run train_universal_transformer.py"
         ) from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise DataError(f"model bundle {path} is of another version ({error!r}): train again") from None
     return bundle
 
@@ -165,18 +167,39 @@ def read_card(path: Path) -> dict[str, Any]:
     return json.loads((path / "card.json").read_text(encoding="utf-8"))
 
 
-def _check_sums(path: Path, sums: str) -> None:
-    expected = {name: sha256 for sha256, _, name in (line.partition("  ") for line in sums.splitlines())}
-    for name in FILES:
-        if expected.get(name) != _sha256(path / name):
-            raise DataError(f"model bundle {path} is damaged: {name} is not the file that was written; train again")
+def _write_files(path: Path, parts: BundleParts) -> None:
+    """Fills a new folder; the list of hashes comes last."""
+    path.mkdir(parents=True)
+    described = {
+        "task": parts.task.to_json(),
+        "scaler": parts.scaler.to_json(),
+        "target_scaler": parts.target_scaler.to_json(),
+        "threshold": parts.threshold,
+    }
+    (path / "model.onnx").write_bytes(parts.model)
+    _write_json(path / "task.json", described)
+    _write_json(path / "card.json", parts.card)
+    (path / "card.md").write_text(parts.card_text, encoding="utf-8")
+    bundle = Bundle(parts.model, parts.task, parts.scaler, parts.target_scaler, parts.threshold)
+    observed, known, symbols = parts.golden
+    outputs = bundle.predict(observed, known, symbols)
+    golden: dict[str, Any] = {"observed": observed, "known": known, "symbols": np.array(symbols), **outputs}
+    np.savez(path / "golden.npz", **golden)
+    (path / SUMS).write_bytes(b"".join(_sum_line(path / name) for name in FILES))
+
+
+def _check_sums(path: Path, sums: bytes) -> None:
+    lines = {name: _sum_line(path / name) for name in FILES}
+    if sums != b"".join(lines.values()):
+        damaged = next((name for name, line in lines.items() if line not in sums), "the list itself")
+        raise DataError(f"model bundle {path} is damaged: {damaged} is not as {SUMS} says; train again")
 
 
 def _check_golden(path: Path, bundle: Bundle) -> None:
     with np.load(path / "golden.npz") as golden:
         answers = bundle.predict(golden["observed"], golden["known"], golden["symbols"].tolist())
         for column, name in enumerate(bundle.task.outputs):
-            difference = float(np.max(np.abs(answers[name] - golden[name]))) / bundle._deviation[column]
+            difference = float(np.max(np.abs(answers[name] - golden[name])) / bundle._deviation[column])
             if not difference <= GOLDEN_TOLERANCE:
                 raise DataError(
                     f"model bundle {path}: {name} of its golden windows differs by {difference:.2g} deviations, "
@@ -184,14 +207,20 @@ def _check_golden(path: Path, bundle: Bundle) -> None:
                 )
 
 
-def _options() -> onnxruntime.SessionOptions:
+def _open_session(model: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return options
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no class of their own in common
+        cause = " ".join(str(error).split())
+        raise DataError(
+            f"onnxruntime {onnxruntime.__version__} cannot read the network ({cause}): train again with this version"
+        ) from None
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sum_line(path: Path) -> bytes:
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
