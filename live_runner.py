@@ -27,7 +27,7 @@ from perpcast.live.feed import BarFeed
 from perpcast.live.forecast import bundle_forecaster, check_model, history_bars
 from perpcast.live.history import CandleHistory
 from perpcast.live.journal import DatabaseJournal, SessionJournal, choose_session
-from perpcast.live.session import candle_fetch, run_session
+from perpcast.live.session import run_session
 from perpcast.live.summary import SessionSummary, summarize
 from perpcast.live.trader import BarSummary, Rules, Trader
 from perpcast.market import SIDES, Instrument, Side
@@ -164,7 +164,7 @@ async def trade(settings: Settings, plan: Plan, journal: DatabaseJournal) -> str
             plan.symbols,
             plan.step_ms,
             stream=stream,
-            fetch=candle_fetch(client, interval),
+            fetch=lambda symbol, first_ms, end_ms: client.fetch_candle_series(symbol, interval, first_ms, end_ms),
             exchange_time_ms=client.fetch_server_time_ms,
             history_ms=history.start_ms(state.next_ms),
             first_ms=state.next_ms,

@@ -63,6 +63,12 @@ class CandleSeries:
         columns = list(zip(*rows, strict=True)) if rows else [()] * 7
         return cls(np.array(columns[0], np.int64), *(np.array(column, np.float64) for column in columns[1:]))
 
+    @classmethod
+    def concatenated(cls, *parts: "CandleSeries") -> "CandleSeries":
+        """The bars of all parts, in the order given."""
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in (cls.empty(), *parts)]) for name in names))
+
     def candles(self, symbol: str) -> Iterator[Candle]:
         """The bars one by one."""
         columns = (getattr(self, field.name).tolist() for field in fields(self))

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -112,12 +111,11 @@ class BybitClient:
     async def fetch_candle_series(self, symbol: str, interval: str, start_ms: int, end_ms: int) -> CandleSeries:
         """The closed candles that open in `[start_ms, end_ms)`, of any length, oldest first; rejected are left out."""
         page_ms = PAGE_BARS * interval_ms(interval)
-        parts = [CandleSeries.empty()]
+        parts = []
         for first_ms in range(start_ms, end_ms, page_ms):
             page = await self.fetch_candles(symbol, interval, first_ms, min(first_ms + page_ms, end_ms))
             parts.append(page.candles)
-        columns = ([getattr(part, field.name) for part in parts] for field in fields(CandleSeries))
-        return CandleSeries(*map(np.concatenate, columns))
+        return CandleSeries.concatenated(*parts)
 
     async def fetch_funding_rates(self, symbol: str, start_ms: int, end_ms: int) -> list[FundingRate]:
         """All funding payments in `[start_ms, end_ms)`, oldest first, over as many answers as it takes.

@@ -6,7 +6,6 @@ inputs are the same to the bit.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import numpy as np
 
@@ -34,7 +33,8 @@ class CandleHistory:
         """Adds newer candles, oldest first."""
         for symbol, new in candles.items():
             if new:
-                self._series[symbol] = _concatenated(self._series[symbol], CandleSeries.from_candles(list(new)))
+                arrived = CandleSeries.from_candles(list(new))
+                self._series[symbol] = CandleSeries.concatenated(self._series[symbol], arrived)
 
     def forget(self, open_time_ms: int) -> None:
         """Lets go of the candles that neither the bar `open_time_ms` nor any later one needs."""
@@ -47,8 +47,3 @@ class CandleHistory:
         series = self._series[symbol]
         first, end = np.searchsorted(series.open_time_ms, [first_ms, last_ms + 1])
         return series[int(first) : int(end)]
-
-
-def _concatenated(earlier: CandleSeries, later: CandleSeries) -> CandleSeries:
-    names = [field.name for field in fields(CandleSeries)]
-    return CandleSeries(*(np.concatenate((getattr(earlier, name), getattr(later, name))) for name in names))

@@ -2,16 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import fields
-
-import numpy as np
 
 from perpcast.errors import PerpcastError
-from perpcast.exchange import PAGE_BARS, BybitClient
-from perpcast.live.feed import BarFeed, ClosedBar, ExchangeTime, FetchCandles
+from perpcast.live.feed import BarFeed, ClosedBar, ExchangeTime
 from perpcast.live.trader import BarSummary, Trader
-from perpcast.market import CandleSeries
-from perpcast.timeframe import interval_ms
 
 
 async def run_session(
@@ -47,18 +41,3 @@ async def _expired(block: list[ClosedBar], exchange_time_ms: ExchangeTime, withi
     except PerpcastError:
         return frozenset(bar.open_time_ms for bar in block)
     return frozenset(bar.open_time_ms for bar in block if now_ms > bar.open_time_ms + within_ms)
-
-
-def candle_fetch(client: BybitClient, interval: str) -> FetchCandles:
-    """Candles over any stretch of time, page by page."""
-    page_ms = PAGE_BARS * interval_ms(interval)
-
-    async def fetch(symbol: str, start_ms: int, end_ms: int) -> CandleSeries:
-        pages = [
-            (await client.fetch_candles(symbol, interval, first_ms, min(first_ms + page_ms, end_ms))).candles
-            for first_ms in range(start_ms, end_ms, page_ms)
-        ]
-        names = [field.name for field in fields(CandleSeries)]
-        return CandleSeries(*(np.concatenate([getattr(page, name) for page in pages]) for name in names))
-
-    return fetch

@@ -117,7 +117,7 @@ def _cut_running(market: Market, symbol: str, series: CandleSeries, now_ms: int)
     running = running_candle(
         last, (now_ms - last.open_time_ms) / BASE_MS, decimals_of(market.instrument(symbol).tick_size)
     )
-    return concatenated(series[:-1], CandleSeries.from_candles([running]))
+    return CandleSeries.concatenated(series[:-1], CandleSeries.from_candles([running]))
 
 
 def _resample(series: CandleSeries, step_ms: int) -> CandleSeries:
@@ -136,9 +136,3 @@ def _resample(series: CandleSeries, step_ms: int) -> CandleSeries:
         volume=np.add.reduceat(series.volume, first),
         turnover=np.add.reduceat(series.turnover, first),
     )
-
-
-def concatenated(earlier: CandleSeries, later: CandleSeries) -> CandleSeries:
-    """Two series, one after the other."""
-    names = ("open_time_ms", "open", "high", "low", "close", "volume", "turnover")
-    return CandleSeries(*(np.concatenate((getattr(earlier, name), getattr(later, name))) for name in names))
