@@ -228,10 +228,6 @@ class OpenTrade:
         fee, slippage = (policy.maker_fee, 0.0) if fill.maker else (policy.taker_fee, policy.slippage)
         return float(_contribution(fill.fraction, fill.price, self._rule.sign, self.entry_price, fee, slippage))
 
-    def open_return(self, price: float) -> float:
-        """Unrealised return of what is left at `price`, before the exit's costs: a fraction of the entry notional."""
-        return self.remaining * self._rule.sign * (price / self.entry_price - 1)
-
     def _target_fill(self, number: int) -> Fill:
         why = "take_profit" if number == len(self._levels) - 1 else "target"
         return Fill(float(self._rule.fractions[number]), float(self._levels[number]), True, why)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
-from sqlalchemy import Engine, delete, func, select, text
+from sqlalchemy import Engine, Table, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 
 from perpcast.database.binary_copy import Block, copy_in, copy_out
@@ -75,12 +75,15 @@ def read_candles(engine: Engine, symbol: str, start_ms: int | None = None, end_m
 
 def read_candle_spans(engine: Engine) -> dict[str, CandleSpan]:
     """What is stored, by symbol."""
-    table = raw_market_data.c
-    query = select(table.symbol, func.min(table.open_time), func.max(table.open_time), func.count()).group_by(
-        table.symbol
-    )
+    return read_spans(engine, raw_market_data)
+
+
+def read_spans(engine: Engine, table: Table) -> dict[str, CandleSpan]:
+    """What a table of bars, keyed by symbol and open time, holds of each symbol."""
+    bar = table.c
+    query = select(bar.symbol, func.min(bar.open_time), func.max(bar.open_time), func.count()).group_by(bar.symbol)
     with engine.connect() as connection:
-        rows = connection.execute(query.order_by(table.symbol)).all()
+        rows = connection.execute(query.order_by(bar.symbol)).all()
     return {symbol: CandleSpan(to_ms(first), to_ms(last), count) for symbol, first, last, count in rows}
 
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from sqlalchemy import Engine, delete, func, select, text
+from sqlalchemy import Engine, delete, text
 
 from perpcast.database.binary_copy import Block, copy_in, copy_out
-from perpcast.database.candles import CandleSpan
+from perpcast.database.candles import CandleSpan, read_spans
 from perpcast.database.schema import DOUBLE_INDICATORS, INDICATORS, processed_market_data
 from perpcast.exit_policy import Labels
 from perpcast.market import SIDES, Side
-from perpcast.timeframe import from_ms, to_ms
+from perpcast.timeframe import from_ms
 
 
 def _runs() -> list[tuple[slice, Block]]:
@@ -113,10 +113,4 @@ def read_processed(
 
 def read_processed_spans(engine: Engine) -> dict[str, CandleSpan]:
     """What is stored, by symbol."""
-    table = processed_market_data.c
-    query = select(table.symbol, func.min(table.open_time), func.max(table.open_time), func.count()).group_by(
-        table.symbol
-    )
-    with engine.connect() as connection:
-        rows = connection.execute(query.order_by(table.symbol)).all()
-    return {symbol: CandleSpan(to_ms(first), to_ms(last), count) for symbol, first, last, count in rows}
+    return read_spans(engine, processed_market_data)
