@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, inspect, text
@@ -31,6 +32,7 @@ def fail(connection: Connection) -> None:
     raise RuntimeError("killed half-way")
 
 
+NOW = len(MIGRATIONS)
 NEXT = Migration("a note on gaps", add_column)
 BROKEN = Migration("breaks", fail)
 
@@ -58,6 +60,30 @@ def test_empty_database_gets_every_table_once(empty: Database) -> None:
     assert set(read_row_counts(empty).values()) == {0}
 
 
+SHAPE = {
+    "columns": "SELECT table_name, column_name, data_type, is_nullable, column_default FROM information_schema.columns "
+    "WHERE table_schema = 'public'",
+    "constraints": "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
+    "WHERE connamespace = 'public'::regnamespace",
+    "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+}
+
+
+def shape(engine: Database) -> dict[str, list[tuple[str, ...]]]:
+    """Columns, constraints and indexes, without regard to the order of columns."""
+    with engine.connect() as connection:
+        return {name: sorted(map(repr, connection.execute(text(query)))) for name, query in SHAPE.items()}
+
+
+def test_schema_of_the_first_release_migrated_equals_a_fresh_one(empty: Database, database: Database) -> None:
+    with empty.begin() as connection:
+        connection.execute(text((Path(__file__).parent / "schema_1.sql").read_text()))
+        connection.execute(text("INSERT INTO instruments VALUES ('A', 'Trading', 1, 1, 1, 1, 1, now(), 480, now())"))
+    assert migrate(empty) == [migration.name for migration in MIGRATIONS[1:]]
+    assert shape(empty) == shape(database)
+    assert read_row_counts(empty)["instruments"] == 1
+
+
 def test_every_time_is_a_timestamptz(database: Database) -> None:
     """A time without a zone would change its meaning with the session's setting."""
     query = text("SELECT table_name || '.' || column_name FROM information_schema.columns WHERE data_type LIKE :kind")
@@ -75,7 +101,9 @@ def test_older_schema_is_refused_then_migrated_and_keeps_its_rows(database: Data
     with database.begin() as connection:
         connection.execute(text("INSERT INTO candle_gaps VALUES ('BTCUSDT', now(), 3, 'exchange_outage', NULL)"))
     newer = (*MIGRATIONS, NEXT)
-    with pytest.raises(DatabaseUnavailableError, match=r"has schema version 1, expected 2; run: python init_database"):
+    with pytest.raises(
+        DatabaseUnavailableError, match=rf"has schema version {NOW}, expected {NOW + 1}; run: python init_database"
+    ):
         check_schema(database, newer)
     assert migrate(database, newer) == ["a note on gaps"]
     assert migrate(database, newer) == []
@@ -87,15 +115,17 @@ def test_older_schema_is_refused_then_migrated_and_keeps_its_rows(database: Data
 def test_newer_schema_is_refused_and_left_alone(database: Database) -> None:
     migrate(database, (*MIGRATIONS, NEXT))
     for attempt in (check_schema, migrate):
-        with pytest.raises(DatabaseUnavailableError, match="schema version 2, this program knows 1: .* newer Perpcast"):
+        with pytest.raises(
+            DatabaseUnavailableError, match=f"schema version {NOW + 1}, this program knows {NOW}: .* newer Perpcast"
+        ):
             attempt(database)
-    assert schema_version(database) == 2
+    assert schema_version(database) == NOW + 1
 
 
 def test_migration_that_fails_leaves_the_version_before_and_can_be_repeated(database: Database) -> None:
     with pytest.raises(RuntimeError, match="killed half-way"):
         migrate(database, (*MIGRATIONS, NEXT, BROKEN))
-    assert schema_version(database) == 2
+    assert schema_version(database) == NOW + 1
     assert "half" not in columns(database, "candle_gaps")
     assert migrate(database, (*MIGRATIONS, NEXT, Migration("mended", lambda connection: None))) == ["mended"]
 
@@ -107,7 +137,7 @@ def test_two_commands_migrate_at_the_same_time(empty: Database) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(applied, key=len) == [[], [], [], [MIGRATIONS[0].name]]
+    assert sorted(applied, key=len) == [[], [], [], [migration.name for migration in MIGRATIONS]]
 
 
 def test_tables_of_somebody_else_are_not_taken_over(empty: Database) -> None:

@@ -7,7 +7,10 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import psycopg2
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -21,12 +24,15 @@ from perpcast.database import (
     PositionRecord,
     ProcessedSeries,
     SignalRecord,
+    StoredCandles,
     TrainingSequence,
     read_candle_gaps,
+    read_candle_revisions,
     read_candle_spans,
     read_candles,
     read_equity,
     read_events,
+    read_flat_runs,
     read_funding_rates,
     read_instruments,
     read_missing_ranges,
@@ -49,7 +55,7 @@ from perpcast.database import (
 )
 from perpcast.database.schema import INDICATORS
 from perpcast.exit_policy import Labels
-from perpcast.market import SIDES, CandleSeries, FundingRate, Instrument
+from perpcast.market import SIDES, CandleSeries, FundingRate, Instrument, flat_run_mask
 
 STEP = 900_000
 START = 1_672_531_200_000  # 2023-01-01
@@ -82,7 +88,7 @@ def query(database: Database, statement: str, **values: object) -> Any:
 
 def test_candles_come_back_to_the_bit(database: Database) -> None:
     candles = random_candles(40_000)  # more than two chunks of the copy
-    assert upsert_candles(database, "1000PEPEUSDT", candles) == 40_000
+    assert upsert_candles(database, "1000PEPEUSDT", candles) == StoredCandles(40_000, ())
     assert_equal_columns(read_candles(database, "1000PEPEUSDT"), candles)
     assert read_candle_spans(database) == {
         "1000PEPEUSDT": CandleSpan(START, int(candles.open_time_ms[-1]), 40_000),
@@ -95,14 +101,21 @@ def test_candles_are_stored_at_the_time_that_people_read(database: Database) -> 
     assert query(database, "SELECT max(open_time) FROM raw_market_data") == datetime(2023, 1, 1, 0, 15, tzinfo=UTC)
 
 
-def test_candles_written_twice_change_nothing_and_a_correction_wins(database: Database) -> None:
+def test_candles_written_twice_change_nothing_and_a_revision_wins_with_a_trace(database: Database) -> None:
     candles = random_candles(1_000)
-    upsert_candles(database, "BTCUSDT", candles)
-    assert upsert_candles(database, "BTCUSDT", candles) == 0
-    assert upsert_candles(database, "BTCUSDT", CandleSeries.empty()) == 0
-    corrected = replace(candles, volume=np.where(np.arange(1_000) == 500, 7.0, candles.volume))
-    assert upsert_candles(database, "BTCUSDT", corrected[400:600]) == 1
-    assert_equal_columns(read_candles(database, "BTCUSDT"), corrected)
+    upsert_candles(database, "BTCUSDT", candles[:700])
+    assert upsert_candles(database, "BTCUSDT", candles[:700]) == StoredCandles(0, ())
+    assert upsert_candles(database, "BTCUSDT", candles) == StoredCandles(300, ())
+    assert upsert_candles(database, "BTCUSDT", CandleSeries.empty()) == StoredCandles(0, ())
+    assert read_candle_revisions(database, "BTCUSDT") == {}
+    revised = replace(candles, volume=np.where(np.arange(1_000) == 500, 7.0, candles.volume))
+    assert upsert_candles(database, "BTCUSDT", revised[400:600]) == StoredCandles(0, (START + 500 * STEP,))
+    assert_equal_columns(read_candles(database, "BTCUSDT"), revised)
+    ((time_ms, (before, after)),) = read_candle_revisions(database, "BTCUSDT").items()
+    assert time_ms == START + 500 * STEP
+    columns = ("open", "high", "low", "close", "volume", "turnover")
+    assert before.tolist() == [getattr(candles, name)[500] for name in columns]
+    assert after.tolist() == [getattr(revised, name)[500] for name in columns]
 
 
 def test_candles_of_a_range_hold_its_start_and_not_its_end(database: Database) -> None:
@@ -135,10 +148,10 @@ def test_candles_of_a_range_hold_its_start_and_not_its_end(database: Database) -
 def test_candle_that_cannot_be_is_refused_with_its_whole_page(database: Database, column: str, value: float) -> None:
     candles = random_candles(10)
     bad = replace(candles, **{column: np.where(np.arange(10) == 5, value, getattr(candles, column))})
-    with pytest.raises(IntegrityError, match="candle_possible"):
+    with pytest.raises(psycopg2.IntegrityError, match="candle_possible"):
         upsert_candles(database, "BTCUSDT", bad)
     assert len(read_candles(database, "BTCUSDT")) == 0
-    assert upsert_candles(database, "BTCUSDT", candles) == 10, "the connection is usable again"
+    assert upsert_candles(database, "BTCUSDT", candles) == StoredCandles(10, ()), "the connection is usable again"
 
 
 def test_names_are_values_never_sql(database: Database) -> None:
@@ -163,6 +176,24 @@ def test_missing_ranges_are_both_ends_and_the_holes(database: Database) -> None:
     assert read_missing_ranges(database, "BTCUSDT", START + 98 * STEP, START + 102 * STEP, STEP) == [
         (START + 100 * STEP, START + 102 * STEP)
     ]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_flat_runs_are_those_of_the_features(database: Database, bars: list[tuple[bool, bool]]) -> None:
+    """Of neighbouring stored bars, as `market.flat_run_mask` sees them, whatever lies between."""
+    with database.begin() as connection:
+        connection.execute(text("TRUNCATE raw_market_data"))
+    candles = random_candles(len(bars))
+    still = np.array([flat for flat, _ in bars], bool)
+    times = START + STEP * np.cumsum([1 + gap for _, gap in bars], dtype=np.int64)
+    prices = {name: np.where(still, 1.0, getattr(candles, name)) for name in ("open", "high", "low", "close")}
+    candles = replace(candles, open_time_ms=times, volume=np.where(still, 0.0, candles.volume), **prices)
+    upsert_candles(database, "BTCUSDT", candles)
+    inside = np.zeros(len(bars), bool)
+    for first_ms, last_ms in read_flat_runs(database, "BTCUSDT"):
+        inside |= (times >= first_ms) & (times <= last_ms)
+    np.testing.assert_array_equal(inside, flat_run_mask(candles.high, candles.low, candles.volume))
 
 
 def test_gaps_of_a_symbol_are_replaced(database: Database) -> None:

@@ -5,27 +5,39 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
-from sqlalchemy import Engine, Table, delete, func, select, text
+import psycopg2.errors
+from sqlalchemy import Connection, Engine, Table, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 
 from perpcast.database.binary_copy import Block, copy_in, copy_out
-from perpcast.database.schema import candle_gaps, funding_rates, instruments, raw_market_data
-from perpcast.market import CandleSeries, FundingRate, Instrument
+from perpcast.database.engine import transact
+from perpcast.database.schema import candle_gaps, candle_revisions, funding_rates, instruments, raw_market_data
+from perpcast.kill_point import kill_point
+from perpcast.market import FLAT_RUN_BARS, CandleSeries, FundingRate, Instrument
 from perpcast.timeframe import from_ms, to_ms
 
 _PRICES = ("open", "high", "low", "close", "volume", "turnover")
 _BLOCKS = (Block(("open_time",), "time"), Block(_PRICES, "double"))
 
+_OLD = ", ".join(f"old.{name}" for name in _PRICES)
+_NEW = ", ".join(f"new.{name}" for name in _PRICES)
+
+# What a candle was and what it became: nothing that was stored changes without a trace.
+_NOTE_REVISIONS = text(
+    f"INSERT INTO candle_revisions SELECT symbol, open_time, clock_timestamp(), {_OLD}, {_NEW} "
+    "FROM raw_market_data old JOIN incoming_candles new USING (symbol, open_time) "
+    f"WHERE ({_OLD}) IS DISTINCT FROM ({_NEW}) RETURNING open_time"
+)
 _UPSERT = text(
-    "INSERT INTO raw_market_data SELECT * FROM incoming_candles ORDER BY open_time "
+    "INSERT INTO raw_market_data AS old SELECT * FROM incoming_candles ORDER BY open_time "
     "ON CONFLICT (symbol, open_time) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _PRICES)
-    + " WHERE ("
-    + ", ".join(f"raw_market_data.{name}" for name in _PRICES)
-    + ") IS DISTINCT FROM ("
+    + f" WHERE ({_OLD}) IS DISTINCT FROM ("
     + ", ".join(f"excluded.{name}" for name in _PRICES)
     + ")"
 )
+
+_AFTER_INSERT = kill_point("dl.after_insert")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +60,54 @@ class CandleGap:
     reason: str | None = None
 
 
-def upsert_candles(engine: Engine, symbol: str, candles: CandleSeries) -> int:
+@dataclass(frozen=True, slots=True)
+class StoredCandles:
+    """What a write did: how many bars were new, and the opens of those that had other values before."""
+
+    new: int
+    revised_ms: tuple[int, ...]
+
+
+def upsert_candles(engine: Engine, symbol: str, candles: CandleSeries) -> StoredCandles:
     """Stores the bars of one symbol in one transaction; bars already there take the new values.
 
-    Returns how many rows were new or changed. Raises sqlalchemy.exc.IntegrityError for a candle that cannot be.
+    What a bar was before it was revised is kept in `candle_revisions`. Raises psycopg2's IntegrityError for a
+    candle that cannot be.
     """
     if not len(candles):
-        return 0
+        return StoredCandles(0, ())
     prices = np.column_stack([getattr(candles, name) for name in _PRICES])
-    with engine.begin() as connection:
+
+    def copy(connection: Connection, table: str) -> None:
+        copy_in(connection, table, [("symbol", symbol)], _BLOCKS, (candles.open_time_ms, prices), (None, None))
+
+    def insert_new(connection: Connection) -> StoredCandles:
+        copy(connection, raw_market_data.name)
+        _AFTER_INSERT()
+        return StoredCandles(len(candles), ())
+
+    def merge(connection: Connection) -> StoredCandles:
         connection.execute(
             text("CREATE TEMPORARY TABLE IF NOT EXISTS incoming_candles (LIKE raw_market_data) ON COMMIT DELETE ROWS")
         )
-        copy_in(
-            connection, "incoming_candles", [("symbol", symbol)], _BLOCKS, (candles.open_time_ms, prices), (None, None)
-        )
-        return connection.execute(_UPSERT).rowcount
+        copy(connection, "incoming_candles")
+        revised = connection.execute(_NOTE_REVISIONS).scalars().all()
+        written = connection.execute(_UPSERT).rowcount
+        _AFTER_INSERT()
+        return StoredCandles(written - len(revised), tuple(sorted(map(to_ms, revised))))
+
+    try:
+        return transact(engine, insert_new)  # nearly always: what is missing was asked for; twice as fast
+    except psycopg2.errors.UniqueViolation:
+        return transact(engine, merge)
+
+
+def read_candle_revisions(engine: Engine, symbol: str) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """The latest revision of each revised bar by its open in ms: prices, volume and turnover [6] before and after."""
+    query = select(candle_revisions).where(candle_revisions.c.symbol == symbol).order_by(candle_revisions.c.noticed_at)
+    with engine.connect() as connection:
+        rows = connection.execute(query).all()
+    return {to_ms(row.open_time): (np.array(row[3:9]), np.array(row[9:15])) for row in rows}
 
 
 def read_candles(engine: Engine, symbol: str, start_ms: int | None = None, end_ms: int | None = None) -> CandleSeries:
@@ -113,6 +157,19 @@ def read_missing_ranges(engine: Engine, symbol: str, start_ms: int, end_ms: int,
     return sorted({(first, end) for first, end in ranges if first < end})
 
 
+def read_flat_runs(engine: Engine, symbol: str) -> list[tuple[int, int]]:
+    """First and last open in ms of each run of FLAT_RUN_BARS or more stored bars with high = low and no volume."""
+    query = text(
+        "WITH bars AS (SELECT open_time, high = low AND volume = 0 AS flat, "
+        "row_number() OVER (ORDER BY open_time) AS row FROM raw_market_data WHERE symbol = :symbol), "
+        "flats AS (SELECT open_time, row - row_number() OVER (ORDER BY open_time) AS run FROM bars WHERE flat) "
+        "SELECT min(open_time), max(open_time) FROM flats GROUP BY run HAVING count(*) >= :bars ORDER BY 1"
+    )
+    with engine.connect() as connection:
+        rows = connection.execute(query, {"symbol": symbol, "bars": FLAT_RUN_BARS}).all()
+    return [(to_ms(first), to_ms(last)) for first, last in rows]
+
+
 def replace_candle_gaps(engine: Engine, symbol: str, gaps: Sequence[CandleGap]) -> None:
     """Makes `gaps` all that is recorded of one symbol."""
     rows = [
@@ -125,10 +182,13 @@ def replace_candle_gaps(engine: Engine, symbol: str, gaps: Sequence[CandleGap]) 
         }
         for gap in gaps
     ]
-    with engine.begin() as connection:
+
+    def replace(connection: Connection) -> None:
         connection.execute(delete(candle_gaps).where(candle_gaps.c.symbol == symbol))
         if rows:
             connection.execute(candle_gaps.insert(), rows)
+
+    transact(engine, replace)
 
 
 def read_candle_gaps(engine: Engine, symbol: str | None = None) -> list[CandleGap]:
@@ -150,8 +210,7 @@ def upsert_funding_rates(engine: Engine, rates: Iterable[FundingRate]) -> None:
     statement = statement.on_conflict_do_update(
         index_elements=["symbol", "funding_time"], set_={"rate": statement.excluded.rate}
     )
-    with engine.begin() as connection:
-        connection.execute(statement, rows)
+    transact(engine, lambda connection: connection.execute(statement, rows))
 
 
 def read_funding_rates(
@@ -181,6 +240,7 @@ def upsert_instruments(engine: Engine, found: Iterable[Instrument], fetched_at: 
             "max_leverage": instrument.max_leverage,
             "launch_time": from_ms(instrument.launch_time_ms),
             "funding_interval_minutes": instrument.funding_interval_minutes,
+            "delivery_time": None if instrument.delivery_time_ms is None else from_ms(instrument.delivery_time_ms),
             "fetched_at": fetched_at,
         }
         for instrument in found
@@ -189,8 +249,8 @@ def upsert_instruments(engine: Engine, found: Iterable[Instrument], fetched_at: 
         return
     statement = insert(instruments)
     new = {column.name: column for column in statement.excluded if column.name != "symbol"}
-    with engine.begin() as connection:
-        connection.execute(statement.on_conflict_do_update(index_elements=["symbol"], set_=new), rows)
+    statement = statement.on_conflict_do_update(index_elements=["symbol"], set_=new)
+    transact(engine, lambda connection: connection.execute(statement, rows))
 
 
 def read_instruments(engine: Engine) -> dict[str, Instrument]:
@@ -208,6 +268,7 @@ def read_instruments(engine: Engine) -> dict[str, Instrument]:
             max_leverage=row.max_leverage,
             launch_time_ms=to_ms(row.launch_time),
             funding_interval_minutes=row.funding_interval_minutes,
+            delivery_time_ms=None if row.delivery_time is None else to_ms(row.delivery_time),
         )
         for row in rows
     }

@@ -3,17 +3,28 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+from zlib import crc32
 
 import psycopg2
 from psycopg2 import errorcodes
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from perpcast.database.address import DatabaseAddress, first_line, refusal
-from perpcast.errors import DatabaseUnavailableError, PerpcastError
+from perpcast.errors import DatabaseUnavailableError, PerpcastError, SetupError
+
+Value = TypeVar("Value")
+
+# What PostgreSQL asks to be tried again, in its own words: two sessions stood in each other's way.
+_CONFLICTS = (errorcodes.SERIALIZATION_FAILURE, errorcodes.DEADLOCK_DETECTED, errorcodes.LOCK_NOT_AVAILABLE)
+_CONFLICT_TRIES = 5
+_RESTART_SECONDS = 60.0  # how long a server that went away is waited for
+
+# Of every session: aware times, no transaction forgotten open, nobody waited for without an end.
+_SESSION = "-c timezone=UTC -c idle_in_transaction_session_timeout=60s -c lock_timeout=30s"
 
 _STARTING = ("starting up", "not yet accepting connections", "in recovery mode", "shutting down")
 
@@ -27,7 +38,7 @@ def open_engine(address: DatabaseAddress) -> Engine:
     engine = create_engine(
         address.url(),
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 10, "application_name": "perpcast", "options": "-c timezone=UTC"},
+        connect_args={"connect_timeout": 10, "application_name": "perpcast", "options": _SESSION},
         json_serializer=_to_json,
     )
     deadline = time.monotonic() + 60
@@ -40,6 +51,43 @@ def open_engine(address: DatabaseAddress) -> Engine:
                 engine.dispose()
                 raise refusal(address, str(error.orig)) from None
             time.sleep(0.2)
+
+
+def transact(engine: Engine, work: Callable[[Connection], Value]) -> Value:
+    """Does `work` in one transaction, again where another session was in the way or the connection was lost.
+
+    `work` must be safe to do twice: where the answer to a COMMIT was lost, it may have been done. Raises what
+    PostgreSQL raised last, and psycopg2's IntegrityError as it is.
+    """
+    deadline = time.monotonic() + _RESTART_SECONDS
+    conflicts = 0
+    while True:
+        try:
+            with engine.begin() as connection:
+                return work(connection)
+        except (DBAPIError, psycopg2.Error) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            conflict = getattr(cause, "pgcode", None) in _CONFLICTS
+            conflicts += conflict
+            if not (conflicts < _CONFLICT_TRIES if conflict else _is_lost(cause) and time.monotonic() < deadline):
+                raise
+            time.sleep(0.05 * 2**conflicts if conflict else 0.5)
+
+
+@contextmanager
+def exclusive(engine: Engine, task: str) -> Iterator[None]:
+    """One `task` at a time on this database; the lock ends with the process, however it ends. Raises SetupError."""
+    key = {"key": crc32(task.encode())}
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), key).scalar_one():
+            raise SetupError(
+                f"another {task} is running on the database {engine.url.database}: wait until it ends, or stop it"
+            )
+        try:
+            yield
+        finally:
+            # Closed, not given back to the pool: the lock goes with it, whatever state it is in.
+            connection.invalidate()
 
 
 @contextmanager
@@ -63,12 +111,19 @@ def _explain_failure(address: DatabaseAddress, error: BaseException | None) -> P
         return DatabaseUnavailableError(f"{address}: {first_line(error)}; grant it, or connect as another user")
     if code == errorcodes.READ_ONLY_SQL_TRANSACTION:
         return DatabaseUnavailableError(f"{address} is read-only; connect to the primary server")
-    lost = isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError) and (
-        not code or code.startswith(("57P", "08"))
-    )
-    if lost:
+    if code in _CONFLICTS:
+        return PerpcastError(f"{address}: {first_line(error)}; end what else works on it, then run the command again")
+    if _is_lost(error):
         return PerpcastError(f"the connection to {address} was lost; what was committed is kept, run the command again")
     return None
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether the server, or the way to it, is gone for now."""
+    code = getattr(error, "pgcode", None) or ""
+    return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError) and (
+        not code or code.startswith(("57P", "08"))
+    )
 
 
 def _to_json(value: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 
-from perpcast.database.schema import metadata, schema_migrations
+from perpcast.database.schema import candle_revisions, metadata, schema_migrations
 from perpcast.errors import DatabaseUnavailableError
 
 _LOCK = 0x70657270  # "perp": one migrating or resetting command at a time
@@ -23,8 +23,16 @@ class Migration:
     apply: Callable[[Connection], None]
 
 
+def _add_revisions(connection: Connection) -> None:
+    candle_revisions.create(connection)
+    connection.execute(text("ALTER TABLE instruments ADD COLUMN delivery_time timestamptz"))
+
+
 # Number = place in the list, from 1. The first is the schema itself.
-MIGRATIONS: tuple[Migration, ...] = (Migration("tables of the first release", metadata.create_all),)
+MIGRATIONS: tuple[Migration, ...] = (
+    Migration("tables of the first release", metadata.create_all),
+    Migration("revisions of candles, and when a contract ends", _add_revisions),
+)
 
 
 def schema_version(engine: Engine) -> int:

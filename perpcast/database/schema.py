@@ -75,6 +75,7 @@ instruments = Table(
     Column("launch_time", TIME, nullable=False),
     Column("funding_interval_minutes", Integer, nullable=False),
     Column("fetched_at", TIME, nullable=False),
+    Column("delivery_time", TIME),
 )
 
 raw_market_data = Table(
@@ -90,6 +91,21 @@ raw_market_data = Table(
         "AND volume >= 0 AND volume < 'Infinity' AND turnover >= 0 AND turnover < 'Infinity'",
         name="candle_possible",
     ),
+)
+
+# The exchange changed a candle after it was stored: both values, so that no dataset changes without a trace.
+candle_revisions = Table(
+    "candle_revisions",
+    metadata,
+    Column("symbol", Text, nullable=False),
+    Column("open_time", TIME, nullable=False),
+    Column("noticed_at", TIME, nullable=False),
+    *(
+        Column(f"{name}_{when}", Double, nullable=False)
+        for when in ("before", "after")
+        for name in ("open", "high", "low", "close", "volume", "turnover")
+    ),
+    PrimaryKeyConstraint("symbol", "open_time", "noticed_at"),
 )
 
 candle_gaps = Table(
