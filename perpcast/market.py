@@ -104,8 +104,46 @@ class Instrument:
     min_quantity: Decimal
     min_notional: Decimal
     max_leverage: Decimal
-    launch_time_ms: int
+    launch_time_ms: int  # sometimes a placeholder: never the proof of a first candle
     funding_interval_minutes: int
+    delivery_time_ms: int | None = None  # of its last trade, once it is being delisted
+
+
+USDT_PERPETUAL = "USDT perpetual"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One linear contract of the exchange, of any kind and state: what it is, before its rules matter.
+
+    `kind` is USDT_PERPETUAL, or what it is instead (`dated future`, `USDC perpetual`, `stock perpetual`).
+    """
+
+    symbol: str
+    kind: str
+    status: str  # Trading, PreLaunch, Delivering, Closed
+    launch_time_ms: int
+    delivery_time_ms: int | None
+
+    @property
+    def is_usdt_perpetual(self) -> bool:
+        """Whether it is the kind of contract that this program is about."""
+        return self.kind == USDT_PERPETUAL
+
+
+@dataclass(frozen=True, slots=True)
+class Ticker:
+    """The present state of one contract; None where the exchange has no such number (an empty book, no funding)."""
+
+    symbol: str
+    last_price: Decimal
+    mark_price: Decimal
+    bid_price: Decimal | None
+    ask_price: Decimal | None
+    turnover_24h: Decimal  # USDT
+    volume_24h: Decimal  # base coins
+    funding_rate: Decimal | None
+    next_funding_time_ms: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
+DAY_MS = 86_400_000
+
 INTERVAL_MINUTES = {
     "1": 1,
     "3": 3,

@@ -6,15 +6,19 @@ Only this room (and, on its own, `simulator/`) knows Bybit's field names; what l
 from perpcast.exchange.client import BybitClient
 from perpcast.exchange.hosts import Hosts, hosts_of
 from perpcast.exchange.rate_limit import RateLimit
+from perpcast.exchange.signing import Credentials
 from perpcast.exchange.stream import CandleStream
-from perpcast.exchange.wire import PAGE_BARS, CandlePage, RejectedRow
+from perpcast.exchange.wire import PAGE_BARS, CandlePage, KeyRights, MalformedError, RejectedRow
 
 __all__ = [
     "PAGE_BARS",
     "BybitClient",
     "CandlePage",
     "CandleStream",
+    "Credentials",
     "Hosts",
+    "KeyRights",
+    "MalformedError",
     "RateLimit",
     "RejectedRow",
     "hosts_of",

@@ -1,7 +1,9 @@
 """The REST client: asks at a pace the exchange allows, asks again where that helps, believes only checked answers."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -12,38 +14,72 @@ from yarl import URL
 
 from perpcast.errors import ConfigError, ExchangeUnavailableError, PerpcastError, RefusedError, TemporaryExchangeError
 from perpcast.exchange.rate_limit import RateLimit
+from perpcast.exchange.signing import Credentials, signed_headers
 from perpcast.exchange.wire import (
     PAGE_BARS,
     PAGE_FUNDING_RATES,
     CandlePage,
+    KeyRights,
     MalformedError,
     member,
     parse_candles,
     parse_funding_rates,
     parse_instruments,
+    parse_key_rights,
+    parse_listings,
     parse_server_time_ms,
+    parse_tickers,
 )
-from perpcast.market import CandleSeries, FundingRate, Instrument
+from perpcast.market import CandleSeries, FundingRate, Instrument, Listing, Ticker
 from perpcast.timeframe import format_time, interval_ms
 
 Value = TypeVar("Value")
 
 # retCodes after which the same question may be answered: server time-out, rate limits, server error.
 _TEMPORARY_CODES = frozenset({429, 10000, 10006, 10016, 10018})
+_CLOCK_CODE = 10002
 
+# Tries: an outage of a minute is survived; a host that never answered is likely a wrong URL; an answer that makes no
+# sense four times will not make more of it.
+_ATTEMPTS = 12
 _ATTEMPTS_UNANSWERED = 3
+_ATTEMPTS_MALFORMED = 4
+_FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 30.0
+_TELLING_PAUSE_SECONDS = 4.0  # a longer one is worth a notice
+
+BAN_SECONDS = 600.0  # Bybit lifts the ban of an IP after ten minutes of silence
+RECV_WINDOW_MS = 5000
+
+# Ten times the longest answer there is: whatever sends more is no exchange.
+_LARGEST_BODY = 16 << 20
+
+_STATUSES = ("Closed", "Delivering", "PreLaunch", "Trading")  # of two contracts of one name, the later one counts
 
 
 class _NoAnswerError(TemporaryExchangeError):
     """Nothing came back at all."""
 
 
+class _ClockError(TemporaryExchangeError):
+    """The exchange found our time stamp too early or too late."""
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
 class BybitClient:
     """Public market data of category linear. An async context manager; every `fetch_` is a read, safe to repeat.
 
-    A read that fails in passing is tried `attempts` times with growing, jittered pauses; fewer times while the host has
-    never answered at all, since then the network or the URL is likely wrong. HTTP 403 (too many requests from this IP,
-    or a region that Bybit does not serve) ends all HTTP of this client at once: asking on makes it worse.
+    A read that fails in passing is tried again with growing, jittered pauses, for a minute at least; not so long while
+    the host has never answered at all, since then the network or the URL is likely wrong. HTTP 403 (too many requests
+    from this IP) stops all requests of this client for BAN_SECONDS, then one is let through before the others. Where
+    it is the very first answer, or comes again at once, it is final: this IP may lie in a region that Bybit does not
+    serve. `credentials` are needed by what is signed alone. `on_notice` is told what a person should know meanwhile.
     """
 
     def __init__(
@@ -52,21 +88,29 @@ class BybitClient:
         *,
         jitter: np.random.Generator,
         rate_limit: RateLimit | None = None,
-        attempts: int = 6,
-        first_pause_seconds: float = 0.25,
+        credentials: Credentials | None = None,
+        on_notice: Callable[[str], None] = lambda text: None,
+        attempts: int = _ATTEMPTS,
+        first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
         timeout_seconds: float = 15.0,
         connections: int = 32,
     ) -> None:
         self._rest_url = rest_url.rstrip("/")
         self._jitter = jitter
         self._rate_limit = rate_limit or RateLimit()
+        self._credentials = credentials
+        self._on_notice = on_notice
         self._attempts = attempts
         self._first_pause_seconds = first_pause_seconds
         self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
         self._answered = False
-        self._ban: RefusedError | None = None
+        self._told = False  # that it does not answer
+        self._silent_until = 0.0  # on the event loop's clock
+        self._probing: asyncio.Lock | None = None  # set from a ban on until something is answered again
+        self._end: RefusedError | None = None
+        self._clock_offset_ms: float | None = None  # the exchange's clock minus the event loop's
         self.requests = 0  # sent, each try counted
         self.retries = 0
 
@@ -144,22 +188,50 @@ class BybitClient:
             f"funding rates of {symbol} before {format_time(end_ms)}",
         )
 
-    async def fetch_instruments(self) -> dict[str, Instrument]:
-        """All USDT perpetuals on coins that trade now, by symbol."""
+    async def fetch_instruments(self, *statuses: str) -> dict[str, Instrument]:
+        """All USDT perpetuals on coins of these statuses (none given: those that trade now), by symbol."""
         instruments: dict[str, Instrument] = {}
-        query: dict[str, str | int] = {"category": "linear", "limit": 1000}
+        for status in statuses or ("Trading",):
+            instruments |= await self._fetch_listed(parse_instruments, status)
+        return instruments
+
+    async def fetch_listings(self) -> dict[str, Listing]:
+        """Contracts of every kind, those that do not trade yet or any more included, by symbol."""
+        listings: dict[str, Listing] = {}
+        for status in _STATUSES:
+            listings |= await self._fetch_listed(parse_listings, status)
+        return listings
+
+    async def _fetch_listed(
+        self, parse: Callable[[Mapping[str, Any]], tuple[dict[str, Value], str]], status: str
+    ) -> dict[str, Value]:
+        """Every page of `instruments-info`."""
+        found: dict[str, Value] = {}
+        query: dict[str, str | int] = {"category": "linear", "status": status, "limit": 1000}
         cursors: set[str] = set()
         while True:
             page, cursor = await self._fetch(
-                "/v5/market/instruments-info", query, lambda result, _: parse_instruments(result), "instruments"
+                "/v5/market/instruments-info", query, lambda result, _: parse(result), "instruments"
             )
-            instruments |= page
+            found |= page
             if not cursor:
-                return instruments
+                return found
             if cursor in cursors:
                 raise MalformedError(f"instruments: the cursor {cursor!r} came twice, the list would never end")
             cursors.add(cursor)
             query["cursor"] = cursor
+
+    async def fetch_tickers(self) -> dict[str, Ticker]:
+        """The present prices of every contract that has traded, by symbol."""
+        return await self._fetch(
+            "/v5/market/tickers", {"category": "linear"}, lambda result, _: parse_tickers(result), "tickers"
+        )
+
+    async def fetch_key_rights(self) -> KeyRights:
+        """What the key of `credentials` may do."""
+        return await self._fetch(
+            "/v5/user/query-api", {}, lambda result, _: parse_key_rights(result), "API key", signed=True
+        )
 
     async def _fetch(
         self,
@@ -167,6 +239,8 @@ class BybitClient:
         query: Mapping[str, str | int],
         parse: Callable[[Mapping[str, Any], int], Value],
         what: str = "",
+        *,
+        signed: bool = False,
     ) -> Value:
         """Asks until `parse(result, server_time_ms)` gives a value, or no further try makes sense."""
         what = what or path
@@ -174,82 +248,185 @@ class BybitClient:
         while True:
             attempt += 1
             try:
-                return await self._ask(path, query, parse)
+                return await self._ask(path, query, parse, signed)
             except (TemporaryExchangeError, MalformedError) as error:
-                if attempt >= (self._attempts if self._answered else min(self._attempts, _ATTEMPTS_UNANSWERED)):
-                    raise self._final(error, what, attempt) from None
+                if attempt >= self._attempts_worth(error):
+                    raise self._final(error, what, path, attempt) from None
                 self.retries += 1
-                asked = error.retry_after_seconds if isinstance(error, TemporaryExchangeError) else None
-                await asyncio.sleep(max(self._pause_seconds(attempt), asked or 0.0))
+                if isinstance(error, _ClockError):
+                    self._clock_offset_ms = None
+                await self._pause(error, attempt)
             except RefusedError as error:
                 raise RefusedError(f"{what}: {error}", error.code) from None
 
-    def _pause_seconds(self, attempt: int) -> float:
-        """Doubling from try to try, each between half and all of it, so that clients fall out of step."""
-        return self._first_pause_seconds * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1.0)
+    def _attempts_worth(self, error: PerpcastError) -> int:
+        if isinstance(error, _ClockError):
+            return 2
+        if isinstance(error, MalformedError):
+            return min(self._attempts, _ATTEMPTS_MALFORMED)
+        return self._attempts if self._answered else min(self._attempts, _ATTEMPTS_UNANSWERED)
 
-    def _final(self, error: PerpcastError, what: str, attempt: int) -> PerpcastError:
+    async def _pause(self, error: PerpcastError, attempt: int) -> None:
+        """Doubling from try to try, each between half and all of it, so that clients fall out of step."""
+        longest = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+        if longest >= _TELLING_PAUSE_SECONDS and not self._told:
+            self._told = True
+            self._on_notice(f"{self._rest_url}: {error}; it is asked again and again")
+        asked = error.retry_after_seconds if isinstance(error, TemporaryExchangeError) else None
+        await asyncio.sleep(max(longest * self._jitter.uniform(0.5, 1.0), asked or 0.0))
+
+    def _final(self, error: PerpcastError, what: str, path: str, attempt: int) -> PerpcastError:
         tries = f"after {attempt} tries"
         if isinstance(error, _NoAnswerError):
             return ExchangeUnavailableError(
                 f"exchange unreachable: {self._rest_url} gave no answer {tries} ({error}); "
                 "check the network and exchange.rest_url, then run the same command again"
             )
-        return type(error)(f"{what}: {error}, {tries}; run the same command again later to go on")
+        if isinstance(error, _ClockError):
+            return RefusedError(f"{what}: {error}, although the clock was compared just before", _CLOCK_CODE)
+        return type(error)(f"{what} ({self._rest_url}{path}): {error}, {tries}; run the same command again to go on")
 
     async def _ask(
-        self, path: str, query: Mapping[str, str | int], parse: Callable[[Mapping[str, Any], int], Value]
+        self,
+        path: str,
+        query: Mapping[str, str | int],
+        parse: Callable[[Mapping[str, Any], int], Value],
+        signed: bool = False,
     ) -> Value:
+        """One try. Raises TemporaryExchangeError or MalformedError where another may succeed, else RefusedError."""
+        if signed and self._clock_offset_ms is None:
+            await self._compare_clocks()
+        async with self._leave_to_ask():
+            answer = await self._get(path, query, signed)
+            if answer.status == 403:
+                raise self._banned()
+            if answer.status == 429 or answer.status >= 500:
+                wait = answer.headers.get("Retry-After", "")
+                raise TemporaryExchangeError(f"HTTP {answer.status} from {self._rest_url}", _seconds(wait))
+            if answer.status != 200:
+                raise RefusedError(
+                    f"HTTP {answer.status} from {self._rest_url}{path}: is exchange.rest_url a Bybit host?",
+                    answer.status,
+                )
+            self._probing, self._told = None, False
+            result, time_ms = self._open_envelope(answer)
+        return parse(result, time_ms)
+
+    @asynccontextmanager
+    async def _leave_to_ask(self) -> AsyncIterator[None]:
+        """Waits until a request may go out; after a ban one goes alone, and the others when it was answered."""
+        loop = asyncio.get_running_loop()
+        while (seconds := self._silent_until - loop.time()) > 0:
+            await asyncio.sleep(seconds)
+        probing = self._probing
+        if probing is not None:
+            async with probing:
+                if self._end is None and self._probing is probing:
+                    await self._rate_limit.take()
+                    yield
+                    return
+        if self._end is not None:
+            raise self._end
         await self._rate_limit.take()
-        if self._ban is not None:
-            raise self._ban
-        status, body, retry_after = await self._get(path, query)
-        if status == 403:
-            self._ban = RefusedError(
+        yield
+
+    def _banned(self) -> PerpcastError:
+        """What a 403 means here: silence from now on, or the end."""
+        now = asyncio.get_running_loop().time()
+        if now < self._silent_until:  # sent before the ban was known
+            return TemporaryExchangeError("HTTP 403")
+        if self._probing is not None or not self._answered:
+            self._end = RefusedError(
                 f"{self._rest_url} answered HTTP 403: too many requests from this IP, or a region that it does not "
                 "serve; wait at least ten minutes, then run the same command again",
                 403,
             )
-            raise self._ban
-        if status == 429 or status >= 500:
-            raise TemporaryExchangeError(f"HTTP {status} from {self._rest_url}", retry_after)
-        if status != 200:
-            raise RefusedError(f"HTTP {status} from {self._rest_url}{path}: is exchange.rest_url a Bybit host?", status)
-        return parse(*_open_envelope(body))
+            return self._end
+        self._probing = asyncio.Lock()
+        self._silent_until = now + BAN_SECONDS
+        self._on_notice(
+            f"{self._rest_url} answered HTTP 403, too many requests from this IP: no request for "
+            f"{BAN_SECONDS / 60:.0f} minutes, then it goes on by itself"
+        )
+        return TemporaryExchangeError("HTTP 403")
 
-    async def _get(self, path: str, query: Mapping[str, str | int]) -> tuple[int, bytes, float | None]:
-        """Status, body and the pause asked for. The query goes out as written: a cursor must not be encoded again."""
+    async def _compare_clocks(self) -> None:
+        """Notes how far the exchange's clock is from ours, as of the middle of a question."""
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        server_ms = await self.fetch_server_time_ms()
+        self._clock_offset_ms = server_ms - (asked + loop.time()) / 2 * 1000
+
+    async def _get(self, path: str, query: Mapping[str, str | int], signed: bool) -> _Answer:
+        """The query goes out as written and as it was signed: a cursor must not be encoded again. No body, ever."""
         if self._session is None:
             raise RuntimeError("use the client inside `async with`")
         tail = "&".join(f"{key}={value}" for key, value in query.items())
         url = URL(f"{self._rest_url}{path}" + (f"?{tail}" if tail else ""), encoded=True)
         self.requests += 1
         try:
-            async with self._session.get(url, allow_redirects=False) as response:
-                self._answered = True
-                return response.status, await response.read(), _seconds(response.headers.get("Retry-After"))
+            async with self._session.get(url, headers=self._signed(tail, signed), allow_redirects=False) as response:
+                answer = _Answer(response.status, response.headers, await _read(response))
+                self._answered = self._answered or answer.status != 403
+                return answer
         except aiohttp.InvalidURL:
             raise ConfigError(f"exchange.rest_url: expected a URL, received {self._rest_url!r}") from None
+        except aiohttp.ClientPayloadError as error:
+            raise TemporaryExchangeError(f"the answer broke off or cannot be unpacked ({_line(error)})") from None
         except TimeoutError:
             raise _NoAnswerError(f"no answer within {self._timeout.total:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise _NoAnswerError(str(error) or type(error).__name__) from None
+            raise _NoAnswerError(_line(error)) from None
+
+    def _signed(self, tail: str, signed: bool) -> Mapping[str, str]:
+        if not signed:
+            return {}
+        if self._credentials is None:
+            raise ValueError("a signed request needs credentials")
+        now_ms = int(asyncio.get_running_loop().time() * 1000 + (self._clock_offset_ms or 0.0))
+        return signed_headers(self._credentials, now_ms, RECV_WINDOW_MS, tail.encode())
+
+    def _open_envelope(self, answer: _Answer) -> tuple[Mapping[str, Any], int]:
+        """The result and the server's time in milliseconds of an answer with retCode 0."""
+        try:
+            envelope = orjson.loads(answer.body)
+        except orjson.JSONDecodeError:
+            raise MalformedError(f"expected JSON, received {answer.body[:60]!r}") from None
+        code = member(envelope, "retCode", int)
+        if code == _CLOCK_CODE:
+            raise _ClockError(f"retCode {code}: {envelope.get('retMsg')}")
+        if code in _TEMPORARY_CODES:
+            # A quota: nobody asks before it is filled again. Its time may lie in the past, by a clock that is off.
+            wait = _seconds_until(answer.headers.get("X-Bapi-Limit-Reset-Timestamp", ""), envelope.get("time"))
+            self._silent_until = max(self._silent_until, asyncio.get_running_loop().time() + wait)
+            raise TemporaryExchangeError(f"retCode {code}: {envelope.get('retMsg')}")
+        if code != 0:
+            raise RefusedError(f"the exchange refused it with retCode {code}: {envelope.get('retMsg')}", code)
+        return member(envelope, "result", dict), member(envelope, "time", int)
 
 
-def _open_envelope(body: bytes) -> tuple[Mapping[str, Any], int]:
-    """The result and the server's time in milliseconds of an answer with retCode 0."""
-    try:
-        envelope = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise MalformedError(f"expected JSON, received {body[:60]!r}") from None
-    code = member(envelope, "retCode", int)
-    if code in _TEMPORARY_CODES:
-        raise TemporaryExchangeError(f"retCode {code}: {envelope.get('retMsg')}")
-    if code != 0:
-        raise RefusedError(f"the exchange refused it with retCode {code}: {envelope.get('retMsg')}", code)
-    return member(envelope, "result", dict), member(envelope, "time", int)
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body. Raises MalformedError where it is too long to be an answer."""
+    chunks, size = [], 0
+    async for chunk in response.content.iter_any():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > _LARGEST_BODY:
+            raise MalformedError(f"expected at most {_LARGEST_BODY >> 20} MiB, the answer is longer")
+    return b"".join(chunks)
 
 
-def _seconds(header: str | None) -> float | None:
+def _seconds(header: str) -> float | None:
     """A `Retry-After` in seconds, at most a minute; None where there is none (a date is not used by Bybit)."""
-    return min(float(header), 60.0) if header and header.isascii() and header.isdigit() else None
+    return min(float(header), 60.0) if header.isascii() and header.isdigit() else None
+
+
+def _seconds_until(reset_ms: str, server_time_ms: Any) -> float:
+    """How long until a rate limit is lifted, both times by the exchange's clock: between nothing and a minute."""
+    if not (reset_ms.isascii() and reset_ms.isdigit() and type(server_time_ms) is int):
+        return 0.0
+    return min(max(int(reset_ms[:20]) - server_time_ms, 0) / 1000, 60.0)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from perpcast.errors import DataError
-from perpcast.market import Candle, CandleSeries, FundingRate, Instrument
+from perpcast.market import USDT_PERPETUAL, Candle, CandleSeries, FundingRate, Instrument, Listing, Ticker
 
 # The most candles that one answer holds. A wider window would come back cut at its old end without a word.
 PAGE_BARS = 1000
 PAGE_FUNDING_RATES = 200
 
-_LATEST_MS = 10**15  # beyond any time; such a number is none
+_LATEST_MS = 4_102_444_800_000  # 2100: a later time is none
+_MOST_DIGITS = 40  # of a decimal, before and after the point: no price and no rate is longer
 
 _OTHER_ASSETS = ("stock", "commodity", "forex")
 
@@ -46,6 +47,15 @@ class CandlePage:
     server_time_ms: int
 
 
+@dataclass(frozen=True)
+class KeyRights:
+    """What an API key may do. `permissions` are written `Wallet.Withdraw`; `ips` is empty for a key bound to none."""
+
+    read_only: bool
+    permissions: frozenset[str]
+    ips: tuple[str, ...]
+
+
 def member(value: Any, key: str, kind: type) -> Any:
     """`value[key]`, of that very type (no bool for an int). Raises MalformedError."""
     found = value.get(key) if isinstance(value, dict) else None
@@ -57,8 +67,8 @@ def member(value: Any, key: str, kind: type) -> Any:
 def parse_server_time_ms(result: Mapping[str, Any]) -> int:
     """The exchange's clock from the result of `market/time`, in whole milliseconds."""
     nanoseconds = member(result, "timeNano", str)
-    if not (nanoseconds.isascii() and nanoseconds.isdigit() and len(nanoseconds) < 20):
-        raise MalformedError(f"expected timeNano as digits, received {_short(nanoseconds)}")
+    if not (_is_whole(nanoseconds) and int(nanoseconds) // 1_000_000 < _LATEST_MS):
+        raise MalformedError(f"expected timeNano as a time in nanoseconds, received {_short(nanoseconds)}")
     return int(nanoseconds) // 1_000_000
 
 
@@ -79,6 +89,7 @@ def parse_candles(
     closed_end_ms = min(end_ms, server_time_ms - step_ms + 1)
     wanted = (times >= start_ms) & (times < closed_end_ms)
     times, values = times[wanted], values[wanted]
+    _check_interval(times, symbol, step_ms)
     order = np.argsort(times, kind="stable")
     times, values = times[order], values[order]
     reasons: dict[int, str] = {time: reason for time, reason in unreadable.items() if start_ms <= time < closed_end_ms}
@@ -97,12 +108,27 @@ def parse_candles(
     return CandlePage(candles, rejected, server_time_ms)
 
 
+def _check_interval(times: np.ndarray, symbol: str, step_ms: int) -> None:
+    """Bars of another interval: an answer does not name its own, so its distances must. A few odd rows are no proof."""
+    steps = np.diff(np.unique(times))
+    finer = len(steps) > 0 and np.mean(steps < step_ms) > 0.5
+    coarser = len(steps) >= 8 and (steps > step_ms).all()
+    if finer or coarser:
+        raise MalformedError(
+            f"expected candles of {symbol} every {step_ms // 60_000} minutes, received them "
+            f"{int(np.median(steps)) / 60_000:g} minutes apart"
+        )
+
+
 def _columns(rows: list[Any], symbol: str) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Open times int64 [n], values float64 [n, 6], and the reason of each row whose values are no numbers."""
     if all(type(row) is list and len(row) == 7 for row in rows) and {*map(type, chain.from_iterable(rows))} <= {str}:
+        texts = list(chain.from_iterable(rows))
         try:
-            flat = np.fromiter(map(float, chain.from_iterable(rows)), np.float64, 7 * len(rows)).reshape(-1, 7)
+            flat = np.fromiter(map(float, texts), np.float64, len(texts)).reshape(-1, 7)
         except ValueError:
+            return _columns_row_by_row(rows, symbol)
+        if not _is_plain("".join(texts)):
             return _columns_row_by_row(rows, symbol)
         if np.isfinite(flat).all() and (np.abs(flat[:, 0]) < _LATEST_MS).all():
             times = flat[:, 0].astype(np.int64)
@@ -116,7 +142,7 @@ def _columns_row_by_row(rows: list[Any], symbol: str) -> tuple[np.ndarray, np.nd
     times, values, unreadable = [], [], {}
     for row in rows:
         time = row[0] if isinstance(row, list) and row else None
-        if not (isinstance(time, str) and time.isascii() and time.isdigit() and int(time) < _LATEST_MS):
+        if not (_is_whole(time) and int(time) < _LATEST_MS):
             raise MalformedError(f"expected candles of {symbol} with a start in milliseconds, received {_short(row)}")
         try:
             numbers = [_number(text) for text in row[1:]]
@@ -131,9 +157,14 @@ def _columns_row_by_row(rows: list[Any], symbol: str) -> tuple[np.ndarray, np.nd
     return np.array(times, np.int64), np.array(values, np.float64).reshape(-1, 6), unreadable
 
 
+def _is_plain(text: str) -> bool:
+    """Without what Python reads as part of a number and no exchange writes: `1_000`, ` 1`, digits of other scripts."""
+    return text.isascii() and "_" not in text and text.split() in ([text], [])
+
+
 def _number(text: Any) -> float:
     try:
-        number = float(text) if isinstance(text, str) else np.nan
+        number = float(text) if isinstance(text, str) and _is_plain(text) else np.nan
     except ValueError:
         number = np.nan
     if not np.isfinite(number):
@@ -160,19 +191,37 @@ def parse_instruments(result: Mapping[str, Any]) -> tuple[dict[str, Instrument],
     """The USDT perpetuals on coins of one `market/instruments-info` page by symbol, and the cursor of the next page."""
     instruments = {}
     for item in member(result, "list", list):
-        if _is_usdt_perpetual(item):
+        if _kind(item) == USDT_PERPETUAL:
             instrument = _instrument(item)
             instruments[instrument.symbol] = instrument
-    return instruments, str(result.get("nextPageCursor") or "")
+    return instruments, _cursor(result)
 
 
-def _is_usdt_perpetual(item: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and item.get("contractType") == "LinearPerpetual"
-        and item.get("quoteCoin") == item.get("settleCoin") == "USDT"
-        and item.get("symbolType") not in _OTHER_ASSETS
-    )
+def parse_listings(result: Mapping[str, Any]) -> tuple[dict[str, Listing], str]:
+    """All contracts of one `market/instruments-info` page by symbol, and the cursor of the next page."""
+    listings = {}
+    for item in member(result, "list", list):
+        symbol = member(item, "symbol", str)
+        listings[symbol] = Listing(
+            symbol, _kind(item), member(item, "status", str), _milliseconds(item, "launchTime"), _delivery_time_ms(item)
+        )
+    return listings, _cursor(result)
+
+
+def _cursor(result: Mapping[str, Any]) -> str:
+    cursor = result.get("nextPageCursor") or ""
+    if not (isinstance(cursor, str) and cursor.isascii() and cursor.isprintable()):
+        raise MalformedError(f"expected nextPageCursor as text, received {_short(cursor)}")
+    return cursor
+
+
+def _kind(item: Any) -> str:
+    contract, quote = member(item, "contractType", str), item.get("quoteCoin")
+    if contract != "LinearPerpetual":
+        return "dated future" if contract == "LinearFutures" else contract
+    if item.get("symbolType") in _OTHER_ASSETS:
+        return f"{item['symbolType']} perpetual"
+    return USDT_PERPETUAL if quote == item.get("settleCoin") == "USDT" else f"{quote} perpetual"
 
 
 def _instrument(item: Mapping[str, Any]) -> Instrument:
@@ -185,30 +234,98 @@ def _instrument(item: Mapping[str, Any]) -> Instrument:
             tick_size=_positive(prices, "tickSize"),
             qty_step=_positive(lots, "qtyStep"),
             min_quantity=_positive(lots, "minOrderQty"),
-            min_notional=_decimal(lots.get("minNotionalValue") or "0"),  # absent in older answers
+            min_notional=_decimal(lots, "minNotionalValue") or Decimal(0),  # absent in older answers
             max_leverage=_positive(member(item, "leverageFilter", dict), "maxLeverage"),
-            launch_time_ms=int(_decimal(member(item, "launchTime", str))),
-            funding_interval_minutes=member(item, "fundingInterval", int),
+            launch_time_ms=_milliseconds(item, "launchTime"),
+            funding_interval_minutes=_minutes(item, "fundingInterval"),
+            delivery_time_ms=_delivery_time_ms(item),
         )
     except MalformedError as error:
         raise MalformedError(f"instrument {symbol}: {error}") from None
 
 
+def _minutes(values: Mapping[str, Any], key: str) -> int:
+    minutes = member(values, key, int)
+    if not 0 < minutes <= 7 * 24 * 60:
+        raise MalformedError(f"expected {key} in minutes, received {minutes}")
+    return minutes
+
+
+def _delivery_time_ms(item: Mapping[str, Any]) -> int | None:
+    """None for a contract without an end, which is written as 0, as nothing or not at all."""
+    return _milliseconds(item, "deliveryTime") or None if item.get("deliveryTime") else None
+
+
+def _milliseconds(values: Mapping[str, Any], key: str) -> int:
+    text = values.get(key)
+    if not (_is_whole(text) and int(text) < _LATEST_MS):
+        raise MalformedError(f"expected {key} as a time in milliseconds, received {_short(text)}")
+    return int(text)
+
+
+def _is_whole(text: Any) -> TypeGuard[str]:
+    return isinstance(text, str) and text.isascii() and text.isdigit() and len(text) < _MOST_DIGITS
+
+
 def _positive(values: Mapping[str, Any], key: str) -> Decimal:
-    number = _decimal(values.get(key))
+    number = _required_decimal(values, key)
     if number <= 0:
         raise MalformedError(f"expected {key} above zero, received {number}")
     return number
 
 
-def _decimal(text: Any) -> Decimal:
+def _required_decimal(values: Mapping[str, Any], key: str) -> Decimal:
+    number = _decimal(values, key)
+    if number is None:
+        raise MalformedError(f"expected {key} as a number, received {_short(values.get(key))}")
+    return number
+
+
+def _decimal(values: Mapping[str, Any], key: str) -> Decimal | None:
+    """The number under a key; None where the exchange has none, which it writes as empty text or not at all."""
+    text = values.get(key)
+    if text is None or text == "":
+        return None
     try:
-        number = Decimal(text) if isinstance(text, str) else Decimal("NaN")
+        number = Decimal(text) if isinstance(text, str) and _is_plain(text) else Decimal("NaN")
     except InvalidOperation:
         number = Decimal("NaN")
-    if not number.is_finite():
-        raise MalformedError(f"expected a number as text, received {_short(text)}")
+    if not (number.is_finite() and len(text) < 2 * _MOST_DIGITS and abs(number.adjusted()) < _MOST_DIGITS):
+        raise MalformedError(f"expected {key} as a number as text, received {_short(text)}")
     return number
+
+
+def parse_tickers(result: Mapping[str, Any]) -> dict[str, Ticker]:
+    """All contracts of a `market/tickers` result, by symbol; those that have never traded have no price: left out."""
+    tickers = {}
+    for item in member(result, "list", list):
+        symbol = member(item, "symbol", str)
+        if not _decimal(item, "lastPrice"):
+            continue
+        tickers[symbol] = Ticker(
+            symbol=symbol,
+            last_price=_positive(item, "lastPrice"),
+            mark_price=_positive(item, "markPrice"),
+            bid_price=_decimal(item, "bid1Price") or None,
+            ask_price=_decimal(item, "ask1Price") or None,
+            turnover_24h=_required_decimal(item, "turnover24h"),
+            volume_24h=_required_decimal(item, "volume24h"),
+            funding_rate=_decimal(item, "fundingRate"),
+            next_funding_time_ms=_milliseconds(item, "nextFundingTime") or None
+            if item.get("nextFundingTime")
+            else None,
+        )
+    return tickers
+
+
+def parse_key_rights(result: Mapping[str, Any]) -> KeyRights:
+    """What the key of a `user/query-api` result may do."""
+    families = member(result, "permissions", dict)
+    ips = result.get("ips") or []
+    if not (isinstance(ips, list) and all(isinstance(ip, str) for ip in ips)):
+        raise MalformedError(f"expected ips as a list of text, received {_short(ips)}")
+    rights = {f"{family}.{right}" for family in families for right in member(families, family, list)}
+    return KeyRights(member(result, "readOnly", int) == 1, frozenset(rights), tuple(ip for ip in ips if ip != "*"))
 
 
 def parse_funding_rates(result: Mapping[str, Any], symbol: str, end_ms: int) -> list[FundingRate]:
@@ -217,8 +334,8 @@ def parse_funding_rates(result: Mapping[str, Any], symbol: str, end_ms: int) -> 
     for item in member(result, "list", list):
         if member(item, "symbol", str) != symbol:
             raise MalformedError(f"expected funding rates of {symbol}, received those of {_short(item['symbol'])}")
-        time_ms = int(_positive(item, "fundingRateTimestamp"))
-        rate = float(_decimal(item.get("fundingRate")))
+        time_ms = _milliseconds(item, "fundingRateTimestamp")
+        rate = float(_required_decimal(item, "fundingRate"))
         if time_ms >= end_ms or not abs(rate) < 1:
             raise MalformedError(f"expected a funding rate before {end_ms}, received {_short(item)}")
         rates[time_ms] = FundingRate(symbol, time_ms, rate)
@@ -236,6 +353,8 @@ def parse_confirmed_candles(message: Mapping[str, Any], step_ms: int) -> list[Ca
         if not member(item, "confirm", bool):
             continue
         time = member(item, "start", int)
+        if not 0 <= time < _LATEST_MS or member(item, "end", int) - time != step_ms - 1:
+            raise MalformedError(f"candle of {symbol}: expected {step_ms // 60_000} minutes, received {_short(item)}")
         try:
             numbers = [_number(item.get(key)) for key in ("open", "high", "low", "close", "volume", "turnover")]
         except ValueError as error:
