@@ -67,13 +67,25 @@ class DownloadSettings(Section):
     @field_validator("symbols")
     @classmethod
     def _distinct_symbols(cls, symbols: tuple[str, ...]) -> tuple[str, ...]:
-        for symbol in symbols:
-            if not (symbol.isascii() and symbol.isalnum() and symbol.isupper() and symbol.endswith("USDT")):
-                raise ValueError(f"{symbol!r} is not a USDT perpetual: expected a name such as BTCUSDT")
-        twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
-        if twice:
-            raise ValueError(f"listed twice: {', '.join(twice)}")
-        return symbols
+        return _checked_symbols(symbols)
+
+
+def symbols_from_text(text: str) -> tuple[str, ...]:
+    """Symbols from a command line, separated by commas. Raises ConfigError for what cannot be one."""
+    try:
+        return _checked_symbols(tuple(part.strip() for part in text.split(",")))
+    except ValueError as error:
+        raise ConfigError(f"--symbols: {error}") from None
+
+
+def _checked_symbols(symbols: tuple[str, ...]) -> tuple[str, ...]:
+    for symbol in symbols:
+        if not (symbol.isascii() and symbol.isalnum() and symbol.isupper() and symbol.endswith("USDT")):
+            raise ValueError(f"{symbol!r} is not a USDT perpetual: expected a name such as BTCUSDT")
+    twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
+    if twice:
+        raise ValueError(f"listed twice: {', '.join(twice)}")
+    return symbols
 
 
 class PartialClose(Section):

@@ -1,8 +1,10 @@
 """The download stage on a real database: what is asked for, what is stored, what is written down as missing."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +12,20 @@ import pytest
 from perpcast.database import (
     CandleGap,
     Database,
+    exclusive,
     read_candle_gaps,
+    read_candle_revisions,
     read_candles,
     read_funding_rates,
     read_instruments,
     upsert_candles,
     upsert_funding_rates,
 )
-from perpcast.download import DAY_MS, SETTLE_MS, DownloadSummary, download, subtract
-from perpcast.errors import ConfigError, ExchangeUnavailableError
+from perpcast.download import SETTLE_MS, DownloadSummary, Wanted, download
+from perpcast.errors import ConfigError, DataError, ExchangeUnavailableError, RefusedError, SetupError
 from perpcast.exchange import PAGE_BARS, BybitClient, CandlePage, RejectedRow
 from perpcast.market import CandleSeries, FundingRate, Instrument
+from perpcast.timeframe import DAY_MS
 
 STEP_MS = 900_000
 BARS_PER_DAY = DAY_MS // STEP_MS
@@ -37,6 +42,10 @@ def series(first: int, end: int, level: float = 100.0) -> CandleSeries:
     return CandleSeries(T0 + bar * STEP_MS, price, price + 1, price - 1, price + 0.5, bar + 1.0, (bar + 1) * price)
 
 
+ONE = Decimal(1)
+RULES = Instrument("", "Trading", ONE, ONE, ONE, ONE, ONE, 0, 480)
+
+
 class Exchange(BybitClient):
     """An exchange in memory: bars by symbol, bars that it rejects, a clock, and a record of what it was asked."""
 
@@ -44,7 +53,9 @@ class Exchange(BybitClient):
         super().__init__("http://unused", jitter=np.random.default_rng(1))
         self.bars = bars
         self.now_ms = now_ms
+        self.instruments = {symbol: replace(RULES, symbol=symbol) for symbol in bars}
         self.rejects: dict[str, dict[int, str]] = {}
+        self.spoiled: dict[str, Exception] = {}
         self.funding: list[FundingRate] = []
         self.asked: list[tuple[str, int, int]] = []
         self.fails_after: int | None = None
@@ -52,9 +63,9 @@ class Exchange(BybitClient):
     async def fetch_server_time_ms(self) -> int:
         return self.now_ms
 
-    async def fetch_instruments(self) -> dict[str, Instrument]:
-        one = Decimal(1)
-        return {symbol: Instrument(symbol, "Trading", one, one, one, one, one, 0, 480) for symbol in self.bars}
+    async def fetch_instruments(self, *statuses: str) -> dict[str, Instrument]:
+        wanted = statuses or ("Trading",)
+        return {symbol: rules for symbol, rules in self.instruments.items() if rules.status in wanted}
 
     async def fetch_candles(self, symbol: str, interval: str, start_ms: int, end_ms: int) -> CandlePage:
         assert interval == "15"
@@ -63,6 +74,8 @@ class Exchange(BybitClient):
             raise ExchangeUnavailableError("exchange unreachable: it is gone")
         self.asked.append((symbol, (start_ms - T0) // STEP_MS, (end_ms - T0) // STEP_MS))
         await asyncio.sleep(0)
+        if symbol in self.spoiled:
+            raise self.spoiled[symbol]
         times = self.bars[symbol].open_time_ms
         rejects = {time: why for time, why in self.rejects.get(symbol, {}).items() if start_ms <= time < end_ms}
         keep = (times >= start_ms) & (times < end_ms) & ~np.isin(times, list(rejects))
@@ -74,12 +87,51 @@ class Exchange(BybitClient):
         return [rate for rate in self.funding if rate.symbol == symbol and start_ms <= rate.funding_time_ms < end_ms]
 
 
-def run(exchange: Exchange, engine: Database, symbols: Sequence[str], days: int = DAYS) -> DownloadSummary:
-    progress: list[tuple[int, int]] = []
-    summary = asyncio.run(download(exchange, engine, symbols, "15", days, lambda *step: progress.append(step)))
-    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
-    assert not progress or progress[-1][0] == progress[-1][1]
-    return summary
+class Watch:
+    """Notes what a person would see."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.left: dict[str, int] = {}
+        self.notices: list[str] = []
+
+    def begin(self, phase: str, unit: str, amounts: Mapping[str, int]) -> None:
+        assert set(self.left.values()) <= {0}, "the phase before is complete"
+        self.phases.append(phase)
+        self.left = dict(amounts)
+
+    def advance(self, symbol: str, amount: int) -> None:
+        self.left[symbol] -= amount
+        assert self.left[symbol] >= 0
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+
+def run(
+    exchange: Exchange,
+    engine: Database,
+    symbols: Sequence[str],
+    days: int = DAYS,
+    watch: Watch | None = None,
+    **wanted: Any,
+) -> DownloadSummary:
+    local_time_ms = wanted.pop("local_time_ms", None)
+    sample = np.random.default_rng(1)
+    return asyncio.run(
+        download(
+            exchange,
+            engine,
+            Wanted(tuple(symbols), "15", days, **wanted),
+            watch or Watch(),
+            sample=sample,
+            local_time_ms=local_time_ms,
+        )
+    )
+
+
+def bar_ms(bar: int) -> int:
+    return T0 + bar * STEP_MS
 
 
 def without(candles: CandleSeries, *holes: range) -> CandleSeries:
@@ -102,7 +154,8 @@ def test_download_empty_database_stores_every_bar_in_pages_of_a_thousand(databas
     summary = run(exchange, database, ["AUSDT", "BUSDT"])
     assert_stored(database, "AUSDT", series(0, BARS))
     assert_stored(database, "BUSDT", series(0, BARS, 7.0))
-    assert exchange.asked[:3] == [("AUSDT", 0, 1000), ("AUSDT", 1000, 2000), ("AUSDT", 2000, BARS)]
+    pages = [(0, 1000), (1000, 2000), (2000, BARS)]
+    assert sorted(exchange.asked) == [(symbol, *page) for symbol in ("AUSDT", "BUSDT") for page in pages]
     assert (summary.bars_stored, summary.gap_bars, summary.late) == (2 * BARS, {}, ())
     assert set(read_instruments(database)) == {"AUSDT", "BUSDT"}
 
@@ -129,7 +182,7 @@ def test_download_holes_in_the_database_are_filled(database: Database) -> None:
     upsert_candles(database, "AUSDT", without(whole, range(10, 12), range(1500, 2600)))
     exchange = Exchange({"AUSDT": whole})
     assert run(exchange, database, ["AUSDT"]).bars_stored == 2 + 1100
-    assert exchange.asked == [("AUSDT", 10, 12), ("AUSDT", 1500, 2500), ("AUSDT", 2500, 2600)]
+    assert sorted(exchange.asked) == [("AUSDT", 10, 12), ("AUSDT", 1500, 2500), ("AUSDT", 2500, 2600)]
     assert_stored(database, "AUSDT", whole)
 
 
@@ -195,9 +248,10 @@ def test_download_rejected_row_beside_an_outage_keeps_both_causes(database: Data
 def test_download_newest_bars_that_are_late_are_no_gap_and_asked_for_again(database: Database) -> None:
     exchange = Exchange({"AUSDT": series(0, BARS - 3)})
     assert run(exchange, database, ["AUSDT"]).late == ("AUSDT",)
-    assert read_candle_gaps(database) == []
+    assert read_candle_gaps(database) == [gap("AUSDT", BARS - 3, 3, "not_yet_fetched")]
     exchange.bars["AUSDT"] = series(0, BARS)
     assert run(exchange, database, ["AUSDT"]).late == ()
+    assert read_candle_gaps(database) == []
     assert_stored(database, "AUSDT", series(0, BARS))
 
 
@@ -256,22 +310,243 @@ def test_download_funding_rates_of_the_span_once_each_on_both_sides_of_the_store
 
 def test_download_unknown_symbol_is_refused_before_anything_is_stored(database: Database) -> None:
     exchange = Exchange({"AUSDT": series(0, BARS)})
-    with pytest.raises(ConfigError, match=r"data_download.symbols: MATICUSDT, NOPEUSDT not among the 1 USDT"):
+    with pytest.raises(ConfigError, match=r"MATICUSDT, NOPEUSDT not among the 1 USDT.*validate_futures_symbols\.py"):
         run(exchange, database, ["AUSDT", "MATICUSDT", "NOPEUSDT"])
     assert exchange.asked == []
 
 
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+def test_download_from_and_to_then_the_rest_joins_without_a_hole(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    run(exchange, database, ["AUSDT"], from_ms=bar_ms(2000) + 1, to_ms=bar_ms(2100) + 1)
+    assert exchange.asked == [("AUSDT", 2000, 2100)]
+    assert read_candle_gaps(database) == []
+    run(exchange, database, ["AUSDT"], from_ms=bar_ms(2500), to_ms=bar_ms(2600))
+    assert read_candle_gaps(database) == [gap("AUSDT", 2100, 400, "not_yet_fetched")]  # nobody asked for it
+    exchange.asked.clear()
+    run(exchange, database, ["AUSDT"])
+    assert {(first, end) for _, first, end in exchange.asked} == {
+        (0, 1000),
+        (1000, 2000),
+        (2100, 2500),
+        (2600, BARS),
+    }
+    assert_stored(database, "AUSDT", series(0, BARS))
+    assert read_candle_gaps(database) == []
+
+
+def test_download_span_of_the_past_funding_stays_in_one_piece(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    exchange.funding = [FundingRate("AUSDT", T0 + hour * 3_600_000, 1e-4) for hour in range(0, DAYS * 24, 8)]
+    for first, end in ((2000, 2100), (2500, 2600), (500, 600)):
+        run(exchange, database, ["AUSDT"], from_ms=bar_ms(first), to_ms=bar_ms(end))
+    stored = [rate.funding_time_ms for rate in read_funding_rates(database, "AUSDT")]
+    assert stored == [
+        rate.funding_time_ms for rate in exchange.funding if bar_ms(500) <= rate.funding_time_ms < bar_ms(2600)
+    ]
+
+
+def test_download_outage_before_the_oldest_bar_is_told_from_a_later_listing_once_older_bars_come(
+    database: Database,
+) -> None:
+    exchange = Exchange({"AUSDT": without(series(0, BARS), range(2000, 2010))})
+    run(exchange, database, ["AUSDT"], from_ms=bar_ms(2000))
+    assert read_candle_gaps(database) == [gap("AUSDT", 2000, 10, "not_listed_yet")]
+    run(exchange, database, ["AUSDT"])
+    assert read_candle_gaps(database) == [gap("AUSDT", 2000, 10, "exchange_outage")]
+
+
 @pytest.mark.parametrize(
-    ("ranges", "holes", "rest"),
-    [
-        ([(0, 10)], [], [(0, 10)]),
-        ([(0, 10)], [(0, 10)], []),
-        ([(0, 10)], [(-5, 20)], []),
-        ([(0, 10)], [(3, 5)], [(0, 3), (5, 10)]),
-        ([(0, 10), (20, 30)], [(5, 25)], [(0, 5), (25, 30)]),
-        ([(0, 10)], [(0, 2), (2, 4), (8, 10)], [(4, 8)]),
-        ([(0, 10)], [(10, 12), (-2, 0)], [(0, 10)]),
-    ],
+    ("from_bar", "to_bar"), [(BARS + 96, None), (100, 100), (200, 100), (None, -DAYS * 96 - 10_000_000)]
 )
-def test_subtract(ranges: list[tuple[int, int]], holes: list[tuple[int, int]], rest: list[tuple[int, int]]) -> None:
-    assert subtract(ranges, holes) == rest
+def test_download_span_without_a_closed_bar_is_refused(
+    database: Database, from_bar: int | None, to_bar: int | None
+) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    times = {"from_ms": from_bar and bar_ms(from_bar), "to_ms": to_bar and max(bar_ms(to_bar), 0)}
+    if to_bar is not None and to_bar < 0:
+        times["from_ms"] = 0
+    with pytest.raises(ConfigError, match="expected a stretch of closed bars, received .* to .* UTC"):
+        run(exchange, database, ["AUSDT"], **times)
+
+
+def test_download_clock_of_this_machine_is_compared_with_the_exchange(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    watch = Watch()
+    run(exchange, database, ["AUSDT"], local_time_ms=exchange.now_ms + 59_000, watch=watch)
+    assert watch.notices == []
+    run(exchange, database, ["AUSDT"], local_time_ms=exchange.now_ms - 3_600_000, watch=watch)
+    assert watch.notices == [
+        "this machine's clock says 2024-01-30 23:00 UTC, the exchange's 2024-01-31 00:00: the exchange's is used"
+    ]
+    with pytest.raises(SetupError, match="one of them is wrong; set this machine's clock"):
+        run(exchange, database, ["AUSDT"], local_time_ms=exchange.now_ms + 2 * DAY_MS)
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(900_000, "60"), (3_600_000, "15"), (300_000, "15")])
+def test_download_another_interval_into_the_same_table_is_refused(database: Database, stored: int, wanted: str) -> None:
+    bars = series(0, 100)
+    times = END - 100 * stored + np.arange(100) * stored
+    upsert_candles(database, "AUSDT", replace(bars, open_time_ms=times))
+    exchange = Exchange({"AUSDT": bars})
+    with pytest.raises(ConfigError, match=r"data_download.interval: the database holds candles of AUSDT of another"):
+        asyncio.run(
+            download(exchange, database, Wanted(("AUSDT",), wanted, 30), Watch(), sample=np.random.default_rng(1))
+        )
+    assert exchange.asked == []
+
+
+# --- what the exchange does with symbols ------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("D13")
+def test_download_delisted_symbol_is_completed_to_its_end_and_the_others_go_on(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS), "OLDUSDT": series(0, 2000), "NEWUSDT": series(0, 0)})
+    exchange.instruments["OLDUSDT"] = replace(
+        exchange.instruments["OLDUSDT"], status="Closed", delivery_time_ms=bar_ms(2000) + 5
+    )
+    exchange.instruments["NEWUSDT"] = replace(exchange.instruments["NEWUSDT"], status="PreLaunch")
+    watch = Watch()
+    summary = run(exchange, database, ["AUSDT", "OLDUSDT", "NEWUSDT"], watch=watch)
+    assert_stored(database, "OLDUSDT", series(0, 2000))
+    assert_stored(database, "AUSDT", series(0, BARS))
+    assert read_candle_gaps(database) == []
+    assert watch.notices == ["OLDUSDT is delisted (Closed), its last trade was at 2024-01-21 20:00 UTC"]
+    assert summary.skipped == {"NEWUSDT": "it does not trade yet; it has no history here"}
+    assert summary.late == ()
+    assert {symbol: rules.status for symbol, rules in read_instruments(database).items()} == {
+        "AUSDT": "Trading",
+        "OLDUSDT": "Closed",
+        "NEWUSDT": "PreLaunch",
+    }
+
+
+@pytest.mark.fault("D13")
+def test_download_symbol_that_the_exchange_forgot_keeps_its_history(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS), "GONEUSDT": series(0, BARS - 100)})
+    run(exchange, database, ["AUSDT", "GONEUSDT"])
+    del exchange.instruments["GONEUSDT"]
+    exchange.asked.clear()
+    summary = run(exchange, database, ["AUSDT", "GONEUSDT"])
+    assert summary.skipped == {"GONEUSDT": "the exchange lists it no more; its history is kept"}
+    assert exchange.asked == []
+    assert_stored(database, "GONEUSDT", series(0, BARS - 100))
+    assert read_instruments(database)["GONEUSDT"].status == "Unlisted"
+
+
+@pytest.mark.parametrize(
+    "error", [RefusedError("retCode 10001", 10001), DataError("expected JSON, received b'<html>'")], ids=type
+)
+def test_download_symbol_that_is_refused_or_spoiled_harms_no_other(database: Database, error: Exception) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS), "BADUSDT": series(0, BARS)})
+    exchange.spoiled["BADUSDT"] = error
+    summary = run(
+        exchange,
+        database,
+        ["BADUSDT", "AUSDT"],
+        watch=type("Any", (Watch,), {"begin": lambda *args: None, "advance": lambda *args: None})(),
+    )
+    assert summary.failed == {"BADUSDT": str(error)}
+    assert_stored(database, "AUSDT", series(0, BARS))
+    assert read_candle_gaps(database) == [gap("BADUSDT", 0, BARS, "not_yet_fetched")]
+    del exchange.spoiled["BADUSDT"]
+    assert run(exchange, database, ["BADUSDT", "AUSDT"]).failed == {}
+    assert_stored(database, "BADUSDT", series(0, BARS))
+
+
+def test_download_banned_stops_everything(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    exchange.spoiled["AUSDT"] = RefusedError("HTTP 403", 403)
+    with pytest.raises(RefusedError, match="HTTP 403"):
+        run(exchange, database, ["AUSDT"])
+
+
+# --- bars that do not count, and bars that change ---------------------------------------------------------------------
+
+
+def flat(candles: CandleSeries, *runs: range) -> CandleSeries:
+    """The same bars, without movement and volume in these runs."""
+    still = np.isin((candles.open_time_ms - T0) // STEP_MS, [bar for run in runs for bar in run])
+    return replace(
+        candles,
+        high=np.where(still, candles.open, candles.high),
+        low=np.where(still, candles.open, candles.low),
+        close=np.where(still, candles.open, candles.close),
+        volume=np.where(still, 0, candles.volume),
+    )
+
+
+def test_download_long_flat_runs_are_gaps_short_ones_are_not(database: Database) -> None:
+    candles = flat(series(0, BARS), range(100, 107), range(200, 208), range(400, 440))
+    run(Exchange({"AUSDT": candles}), database, ["AUSDT"])
+    expected = [gap("AUSDT", 200, 8, "flat_run"), gap("AUSDT", 400, 40, "flat_run")]
+    assert read_candle_gaps(database) == expected
+    assert_stored(database, "AUSDT", candles)
+    run(Exchange({"AUSDT": candles}), database, ["AUSDT"])
+    assert read_candle_gaps(database) == expected
+
+
+def test_download_flat_run_that_grows_from_day_to_day_is_one_gap(database: Database) -> None:
+    candles = flat(series(0, BARS + 20), range(BARS - 5, BARS + 10))
+    exchange = Exchange({"AUSDT": candles})
+    run(exchange, database, ["AUSDT"])
+    assert read_candle_gaps(database) == []  # five bars so far
+    exchange.now_ms += 20 * STEP_MS
+    assert run(exchange, database, ["AUSDT"]).gap_bars == {"flat_run": 15}
+
+
+@pytest.mark.fault("D09")
+def test_download_verify_finds_what_the_exchange_revised_and_keeps_both_values(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    run(exchange, database, ["AUSDT"])
+    changed = replace(series(0, BARS), close=series(0, BARS).close.copy())
+    changed.close[1234] += 0.25
+    exchange.bars["AUSDT"] = changed
+    assert run(exchange, database, ["AUSDT"]).revised == ()  # nothing is missing, nothing is asked
+    summary = run(exchange, database, ["AUSDT"], verify=True)
+    assert summary.revised == (("AUSDT", bar_ms(1234)),)
+    assert (summary.verified_bars, summary.vanished) == (BARS, ())
+    ((time_ms, (before, after)),) = read_candle_revisions(database, "AUSDT").items()
+    assert time_ms == bar_ms(1234)
+    assert (after - before).tolist() == [0, 0, 0, 0.25, 0, 0]
+    assert_stored(database, "AUSDT", changed)
+    assert run(exchange, database, ["AUSDT"], verify=True).revised == ()
+
+
+def test_download_verify_asks_again_for_rejected_rows_and_outages(database: Database) -> None:
+    exchange = Exchange({"AUSDT": without(series(300, BARS), range(2000, 2010))})
+    exchange.rejects["AUSDT"] = {bar_ms(1000): "bad", bar_ms(1001): "bad", bar_ms(1002): "bad"}
+    run(exchange, database, ["AUSDT"])
+    exchange.bars["AUSDT"] = without(series(300, BARS), range(2005, 2010))
+    exchange.rejects["AUSDT"] = {bar_ms(1001): "worse"}
+    run(exchange, database, ["AUSDT"], verify=True)
+    assert read_candle_gaps(database) == [
+        gap("AUSDT", 0, 300, "not_listed_yet"),
+        gap("AUSDT", 1001, 1, "rejected_row", "worse"),
+        gap("AUSDT", 2005, 5, "exchange_outage"),
+    ]
+    assert_stored(database, "AUSDT", without(series(300, BARS), range(1001, 1002), range(2005, 2010)))
+
+
+def test_download_verify_names_stored_bars_that_the_exchange_has_no_longer(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    run(exchange, database, ["AUSDT"])
+    exchange.bars["AUSDT"] = without(series(0, BARS), range(70, 72))
+    summary = run(exchange, database, ["AUSDT"], verify=True)
+    assert summary.vanished == (("AUSDT", bar_ms(70)), ("AUSDT", bar_ms(71)))
+    assert_stored(database, "AUSDT", series(0, BARS))
+
+
+@pytest.mark.fault("D16")
+def test_download_second_one_at_once_is_refused_and_the_next_is_not(database: Database) -> None:
+    exchange = Exchange({"AUSDT": series(0, BARS)})
+    with (
+        exclusive(database, "download"),
+        pytest.raises(SetupError, match="another download is running on the database"),
+    ):
+        run(exchange, database, ["AUSDT"])
+    assert exchange.asked == []
+    run(exchange, database, ["AUSDT"])
+    run(exchange, database, ["AUSDT"])
