@@ -26,6 +26,14 @@ from perpcast.exchange import BybitClient, hosts_of
 from perpcast.timeframe import format_time, parse_time, to_ms
 
 ROWS_SHOWN = 20
+GAPS = {
+    "not_listed_yet": "missing, not listed yet",
+    "exchange_outage": "missing at the exchange",
+    "rejected_row": "rejected",
+    "not_yet_fetched": "not yet fetched",
+    "flat_run": "not counted, no trade",
+}
+LINE_SECONDS = 3.0  # between lines of progress
 
 
 def _instant(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
@@ -127,7 +135,7 @@ class DownloadDisplay:
         self._phase, self._unit, self._amounts = phase, unit, dict(amounts)
         self._left, self._total = dict(amounts), sum(amounts.values())
         self._done = self._tenth = 0
-        self._begun = time.monotonic()
+        self._begun = self._printed = time.monotonic()
         self._all = self._bars.add_task(phase, total=self._total, unit=unit, rate="")
 
     def advance(self, symbol: str, amount: int) -> None:
@@ -145,9 +153,10 @@ class DownloadDisplay:
             self._print_tenth(rate)
 
     def _print_tenth(self, rate: float) -> None:
-        tenth = self._done * 10 // max(self._total, 1)
-        if tenth > self._tenth:
-            self._tenth = tenth
+        """A line for each tenth, but not more often than a person reads."""
+        tenth, now = self._done * 10 // max(self._total, 1), time.monotonic()
+        if tenth > self._tenth and now > self._printed + LINE_SECONDS:
+            self._tenth, self._printed = tenth, now
             left = timedelta(seconds=round((self._total - self._done) / rate))
             print(
                 f"{self._phase}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f}/s, {left} left", flush=True
@@ -188,7 +197,7 @@ def _table(summary: DownloadSummary, wanted: Wanted, client: BybitClient, second
     rows = [
         ("span", span),
         ("candles stored", f"{summary.bars_stored:,} of {len(wanted.symbols) - len(summary.skipped)} symbols"),
-        *((f"missing: {cause.replace('_', ' ')}", f"{bars:,}") for cause, bars in sorted(summary.gap_bars.items())),
+        *((GAPS[cause], f"{bars:,} bars") for cause, bars in sorted(summary.gap_bars.items())),
         ("funding rates stored", f"{summary.funding_rates_stored:,}"),
         ("requests", f"{client.requests:,}, of them repeated {client.retries:,}"),
         ("time", f"{timedelta(seconds=round(seconds))} ({summary.bars_stored / max(seconds, 1e-3):,.0f} candles/s)"),

@@ -6,7 +6,6 @@ follows. Writes reports/<run>/index.html, besides what the stages write.
 """
 
 import fcntl
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -232,7 +230,7 @@ def demo_world(settings: Settings) -> Iterator[Settings]:
     end_ms = now_ms + (demo.replay_bars + 4) * interval_ms(settings.data_download.interval)
     market = SyntheticMarket(demo.market_seed, demo.planted_edge, end_ms)
     clock = RunningClock(now_ms, demo.speed, time.monotonic)
-    with only_one(server.parent / "demo.lock"), stopped_by_signals(), serve_in_thread(market, clock) as exchange:
+    with only_one(server.parent / "demo.lock"), serve_in_thread(market, clock) as exchange:
         try:
             # A demo that was killed may have left its database server running on another port.
             stop_server(server)
@@ -255,20 +253,6 @@ def only_one(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise SetupError("another demo is running in this clone: wait for its end, or use a second clone") from None
         yield
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """SIGTERM ends the pipeline as Ctrl-C does, with everything that it started."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

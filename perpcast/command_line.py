@@ -4,11 +4,13 @@ Exit codes: 0 done, 2 wrong use or configuration, 1 failed; the cause and the ne
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -28,6 +30,7 @@ from perpcast.database import (
     plain_errors,
 )
 from perpcast.errors import PerpcastError
+from perpcast.kill_point import arm
 
 ROOT = Path(__file__).resolve().parent.parent
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -47,19 +50,38 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
     )
     @wraps(function)
     def command(config_paths: tuple[Path, ...], **options: Any) -> None:
+        _arm_kill_point()
         with clean_exit():
             function(settings=load_settings(config_paths), **options)
 
     return command
 
 
+def _arm_kill_point() -> None:
+    """PERPCAST_KILL_POINT=NAME:N ends this process when it passes that place for the N-th time: for the tests."""
+    name, _, passing = os.environ.get("PERPCAST_KILL_POINT", "").partition(":")
+    if name:
+        arm(name, int(passing))
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM: every `finally` on the way out is done, in event loops as well, which let no other kind through."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _TerminatedError
+
+
 @contextmanager
 def clean_exit() -> Iterator[None]:
-    """Ends the process with a message instead of a traceback for whatever can be foreseen."""
+    """Ends the process with a message instead of a traceback for whatever can be foreseen; so do SIGINT and SIGTERM."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except PerpcastError as error:
         _stop(str(error), error.exit_code)
+    except _TerminatedError:
+        _stop("terminated; run the same command again to go on", 143)
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on", 130)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `… | head`
@@ -69,6 +91,8 @@ def clean_exit() -> Iterator[None]:
         if error.errno is None:
             raise
         _stop(f"{error.filename or 'system'}: {error.strerror}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(message: str, exit_code: int) -> None:

@@ -69,10 +69,10 @@ SHAPE = {
 }
 
 
-def shape(engine: Database) -> dict[str, list[tuple[str, ...]]]:
+def shape(engine: Database) -> dict[str, list[str]]:
     """Columns, constraints and indexes, without regard to the order of columns."""
     with engine.connect() as connection:
-        return {name: sorted(map(repr, connection.execute(text(query)))) for name, query in SHAPE.items()}
+        return {name: sorted(repr(row) for row in connection.execute(text(query))) for name, query in SHAPE.items()}
 
 
 def test_schema_of_the_first_release_migrated_equals_a_fresh_one(empty: Database, database: Database) -> None:

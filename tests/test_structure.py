@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 # The floors of the design, lowest first. A room imports rooms on lower floors and itself, never a neighbour.
 FLOORS = [
-    ["config", "errors", "timeframe", "market", "task"],
+    ["config", "errors", "kill_point", "timeframe", "market", "task"],
     ["features", "exit_policy", "decision", "sizing", "backtest"],
     ["evaluation", "models", "bundle", "simulator", "database", "exchange"],
-    ["live", "training", "download", "prepare"],
+    ["live", "training", "download", "prepare", "universe"],
     ["command_line"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
