@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -86,8 +86,8 @@ def exclusive(engine: Engine, task: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closed, not given back to the pool: the lock goes with it, whatever state it is in.
-            connection.invalidate()
+            with suppress(DBAPIError):  # a lost connection has lost its lock
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
 
 
 @contextmanager

@@ -7,9 +7,9 @@ the newest end are asked for again, since the exchange may only be late.
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -32,16 +32,13 @@ from perpcast.database import (
 )
 from perpcast.download.gaps import SETTLED, Evidence, Range, classify, intersect, join, range_of, subtract
 from perpcast.errors import ConfigError, DataError, RefusedError, SetupError
-from perpcast.exchange import PAGE_BARS, BybitClient, CandlePage, RejectedRow
+from perpcast.exchange import PAGE_BARS, BybitClient, CandlePage, RejectedRow, side_by_side
 from perpcast.kill_point import kill_point
 from perpcast.market import CandleSeries, Instrument
 from perpcast.timeframe import DAY_MS, floor_ms, format_time, from_ms, interval_ms
 
 # Values may still settle right after the close (bybit-v5.md 1.7.1): a bar is asked for this much later.
 SETTLE_MS = 5_000
-
-# Enough requests in flight to reach the exchange's rate limit at 0.2 s an answer.
-WORKERS = 24
 
 # Pages that are stored together: a commit waits for the disk, and each of them is asked for again after a kill.
 STRETCH_PAGES = 5
@@ -64,8 +61,6 @@ _BEFORE_CURSOR = kill_point("dl.before_cursor")  # everything is stored, and not
 _AFTER_CURSOR = kill_point("dl.after_cursor")
 _BEFORE_FUNDING = kill_point("dl.before_funding")
 _AFTER_FUNDING = kill_point("dl.after_funding")
-
-Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -325,7 +320,7 @@ class _Run:
                 await self._store(symbol, CandleSeries.concatenated(*(answer.candles for answer in answers.values())))
             self._symbols[symbol].asked += answers
 
-        await _side_by_side(self._stretches(wanted), fetch)
+        await side_by_side(self._stretches(wanted), fetch)
         spans = read_candle_spans(self._database)
         for symbol in bars:
             self._look(symbol, spans.get(symbol))
@@ -377,7 +372,7 @@ class _Run:
         for symbol, (first, end) in chosen:
             bars[symbol] += (end - first) // self._step_ms
         self._progress.begin("verification", "bars", bars)
-        await _side_by_side(iter(chosen), self._verify_page)
+        await side_by_side(chosen, self._verify_page)
 
     async def _verify_page(self, job: tuple[str, Range]) -> None:
         symbol, page = job
@@ -441,7 +436,7 @@ class _Run:
             self._funding_rates_stored += len(rates)
             self._progress.advance(symbol, 1)
 
-        await _side_by_side(iter(self._symbols), fetch)
+        await side_by_side(self._symbols, fetch)
 
     def summary(self, gap_bars: Mapping[str, int]) -> DownloadSummary:
         """All that is to be reported."""
@@ -484,18 +479,3 @@ def _stretches_of(rows: Iterable[RejectedRow], step_ms: int) -> list[tuple[Range
         else:
             stretches.append(((first_ms, first_ms + step_ms), row.reason))
     return stretches
-
-
-async def _side_by_side(jobs: Iterator[Job], work: Callable[[Job], Awaitable[None]]) -> None:
-    """Does `work` on every job, WORKERS of them at a time, begun in order; the first error ends them all."""
-
-    async def worker() -> None:
-        for job in jobs:  # shared: each job goes to the worker that is free
-            await work(job)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(WORKERS):
-                group.create_task(worker())
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # the others are the same trouble, or follow from it

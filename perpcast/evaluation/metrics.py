@@ -6,7 +6,7 @@ Realised and predicted are arrays [n] without NaN, in one unit (fractions here).
 import numpy as np
 import pandas as pd
 
-DAY_MS = 86_400_000
+from perpcast.timeframe import DAY_MS
 
 
 def mae(realised: np.ndarray, predicted: np.ndarray) -> float:

@@ -14,10 +14,10 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from perpcast.evaluation.metrics import DAY_MS
 from perpcast.evaluation.scores import Evaluation, daily_rank_ic
 from perpcast.evaluation.threshold import ThresholdChoice
 from perpcast.market import SIDES
+from perpcast.timeframe import DAY_MS
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#1d6fb8", "#d9730d", "#2a9d6f", "#c8453b"

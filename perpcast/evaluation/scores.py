@@ -12,6 +12,7 @@ from perpcast.evaluation.baselines import Baseline
 from perpcast.evaluation.bootstrap import MEAN_BLOCK_DAYS, confidence_interval, sums_by_day
 from perpcast.evaluation.threshold import Trades, take_trades
 from perpcast.market import SIDES
+from perpcast.timeframe import DAY_MS
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Windows:
     @property
     def day(self) -> np.ndarray:
         """Number of the UTC day since the epoch."""
-        return self.open_time_ms // metrics.DAY_MS
+        return self.open_time_ms // DAY_MS
 
     def __getitem__(self, rows: np.ndarray) -> "Windows":
         return Windows(
