@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from perpcast.errors import RefusedError
-from perpcast.exchange import BybitClient, CandleStream
-from perpcast.market import Candle
-from perpcast.simulator.clock import RunningClock
+from perpcast.exchange import BybitClient, CandleStream, Credentials, KeyRights
+from perpcast.market import USDT_PERPETUAL, Candle, Listing
+from perpcast.simulator.clock import RunningClock, SteppedClock
+from perpcast.simulator.market import Window, visible_candles
 from perpcast.simulator.server import serve
 from perpcast.simulator.synthetic import SyntheticMarket
 from perpcast.timeframe import interval_ms, parse_time, to_ms
+from tests.test_simulator_server import ChangingMarket
 
 NOW = to_ms(parse_time("2022-03-01T00:07Z"))
 STEP_MS = interval_ms("15")
@@ -53,10 +55,85 @@ def test_client_reads_what_the_market_holds(market: SyntheticMarket) -> None:
             paid = market.funding("BTCUSDT")
             assert [rate.funding_time_ms for rate in rates] == paid.time_ms[paid.time_ms < NOW].tolist()
             np.testing.assert_array_equal([rate.rate for rate in rates], paid.rate[paid.time_ms < NOW])
+            assert await client.fetch_funding_rates("1000BONKUSDT", 0, NOW) == []
             with pytest.raises(RefusedError, match="retCode 10001"):
                 await client.fetch_candles("MATICUSDT", "15", start_ms, NOW)
 
     asyncio.run(run())
+
+
+def test_client_tells_contracts_of_every_status_apart() -> None:
+    async def run() -> None:
+        market = ChangingMarket(20)
+        async with (
+            serve(market, SteppedClock(NOW)) as address,
+            BybitClient(address.rest_url, jitter=np.random.default_rng(1)) as client,
+        ):
+            assert await client.fetch_instruments() == {"BTCUSDT": market.instrument("BTCUSDT")}
+            listings = await client.fetch_listings()
+        known = {symbol: market.instrument(symbol) for symbol in market.symbols}
+        assert listings == {
+            symbol: Listing(symbol, USDT_PERPETUAL, rules.status, rules.launch_time_ms, rules.delivery_time_ms)
+            for symbol, rules in known.items()
+        }
+        assert {listing.status for listing in listings.values()} == {"Trading", "Delivering", "Closed", "PreLaunch"}
+
+    asyncio.run(run())
+
+
+def test_client_reads_the_present_prices(market: SyntheticMarket) -> None:
+    async def run() -> None:
+        async with (
+            serve(market, SteppedClock(NOW)) as address,
+            BybitClient(address.rest_url, jitter=np.random.default_rng(1)) as client,
+        ):
+            tickers = await client.fetch_tickers()
+        listed = {symbol for symbol in market.symbols if market.instrument(symbol).launch_time_ms < NOW}
+        assert set(tickers) == listed
+        for symbol in ("BTCUSDT", "DOGEUSDT"):
+            ticker, rules = tickers[symbol], market.instrument(symbol)
+            day = visible_candles(market, symbol, STEP_MS, NOW, Window(NOW - DAY_MS, NOW))
+            assert float(ticker.last_price) == float(ticker.mark_price) == day.close[-1]
+            assert ticker.ask_price is not None
+            assert ticker.bid_price == ticker.ask_price - rules.tick_size
+            assert float(ticker.volume_24h) == pytest.approx(day.volume.sum())
+            assert float(ticker.turnover_24h) == pytest.approx(day.turnover.sum())
+            paid = market.funding(symbol)
+            coming = int(np.searchsorted(paid.time_ms, NOW, side="right"))
+            assert ticker.next_funding_time_ms == paid.time_ms[coming]
+            assert ticker.funding_rate is not None
+            assert float(ticker.funding_rate) == paid.rate[coming]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("credentials", "code"),
+    [
+        (Credentials("KEY123", "SECRET123"), None),
+        (Credentials("KEY123", "SECRET124"), 10004),
+        (Credentials("KEY124", "SECRET123"), 10003),
+    ],
+)
+def test_client_signs_by_the_exchanges_clock(
+    market: SyntheticMarket, credentials: Credentials, code: int | None
+) -> None:
+    """The exchange stands years ago: a signature by the machine's clock would be refused with 10002."""
+
+    async def run() -> KeyRights:
+        async with (
+            serve(market, SteppedClock(NOW), keys={"KEY123": "SECRET123"}) as address,
+            BybitClient(address.rest_url, jitter=np.random.default_rng(1), credentials=credentials) as client,
+        ):
+            return await client.fetch_key_rights()
+
+    if code is None:
+        rights = KeyRights(False, frozenset({"ContractTrade.Order", "ContractTrade.Position"}), ("127.0.0.1",))
+        assert asyncio.run(run()) == rights
+        return
+    with pytest.raises(RefusedError) as refused:
+        asyncio.run(run())
+    assert refused.value.code == code
 
 
 def test_stream_hands_out_every_bar_that_closes_as_rest_has_it(market: SyntheticMarket) -> None:

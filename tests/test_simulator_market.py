@@ -37,7 +37,7 @@ def two_years(seed: int, edge: float) -> SyntheticMarket:
 class TableMarket:
     """One symbol, BTCUSDT, with bars 0, 1, 2, … of 15 minutes: bar i opens at 100 + i; `missing` bars are left out."""
 
-    symbols = ("BTCUSDT",)
+    symbols: tuple[str, ...] = ("BTCUSDT",)
 
     def __init__(self, bars: int, missing: frozenset[int] = frozenset()) -> None:
         kept = np.array([bar for bar in range(bars) if bar not in missing], np.int64)

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import orjson
 import pytest
 
 from perpcast.errors import SetupError
+from perpcast.market import Instrument
 from perpcast.simulator.clock import RunningClock, SteppedClock
+from perpcast.simulator.instruments import instrument_of
 from perpcast.simulator.market import BASE_MS, FUNDING_MS
 from perpcast.simulator.server import Address, serve, serve_in_thread
 from perpcast.simulator.stream import MAX_WAITING
@@ -30,11 +33,11 @@ MARKET = SyntheticMarket(7, 0.1, START_MS + 20 * DAY_MS)
 Ask = Callable[..., Awaitable[dict[str, Any]]]
 
 
-def over_rest(conversation: Callable[[Ask], Awaitable[Any]]) -> Any:
+def over_rest(conversation: Callable[[Ask], Awaitable[Any]], market: Any = MARKET) -> Any:
     """Runs a conversation with an exchange that stands at NOW_MS; `ask(path, **query)` returns the envelope."""
 
     async def run() -> Any:
-        async with serve(MARKET, SteppedClock(NOW_MS)) as address, aiohttp.ClientSession(address.rest_url) as session:
+        async with serve(market, SteppedClock(NOW_MS)) as address, aiohttp.ClientSession(address.rest_url) as session:
 
             async def ask(path: str, **query: Any) -> dict[str, Any]:
                 async with session.get(f"/v5/market/{path}", params=query) as response:
@@ -119,6 +122,8 @@ def test_kline_window(query: dict[str, Any], rows: int) -> None:
         ("kline", {"symbol": "NOUSDT", "interval": "15"}, "Not supported symbols"),
         ("kline", {"symbol": "BTCUSDT", "interval": "1"}, "interval 1 is not served"),
         ("kline", {"symbol": "BTCUSDT", "interval": "15", "category": "spot"}, "Category is invalid"),
+        ("funding/history", {"symbol": "BTCUSDT", "category": "inverse"}, "Category is invalid"),
+        ("tickers", {"category": "margin"}, "Category is invalid"),
         ("kline", {"symbol": "BTCUSDT", "interval": "15", "start": "soon"}, "start must be a whole number"),
         ("kline", {"symbol": "BTCUSDT", "interval": "15", "start": "-1"}, "start must be a whole number"),
         ("kline", {"symbol": "BTCUSDT", "interval": "15", "limit": "0"}, "limit must lie between 1 and 1000"),
@@ -181,6 +186,45 @@ def test_instruments_come_page_by_page(decode: bool) -> None:
 )
 def test_instruments_can_be_filtered(query: dict[str, str], count: int) -> None:
     assert len(answer("instruments-info", category="linear", **query)["result"]["list"]) == count
+
+
+@pytest.mark.parametrize("category", ["spot", "inverse", "option"])
+@pytest.mark.parametrize("path", ["instruments-info", "tickers"])
+def test_nothing_is_listed_in_other_categories(path: str, category: str) -> None:
+    body = answer(path, category=category)
+    assert (body["retCode"], body["result"]["category"], body["result"]["list"]) == (0, category, [])
+
+
+STATUSES = {"BTCUSDT": "Trading", "DOGEUSDT": "Delivering", "LUNAUSDT": "Closed", "NEWUSDT": "PreLaunch"}
+
+
+class ChangingMarket(TableMarket):
+    """One contract of each status; one has ended yesterday, one ends tomorrow."""
+
+    symbols = tuple(STATUSES)
+
+    def instrument(self, symbol: str) -> Instrument:
+        ends = {"DOGEUSDT": NOW_MS + DAY_MS, "LUNAUSDT": NOW_MS - DAY_MS}
+        known = instrument_of(symbol, self.series)
+        return replace(known, status=STATUSES[symbol], delivery_time_ms=ends.get(symbol))
+
+
+@pytest.mark.parametrize(
+    ("query", "symbols"),
+    [
+        ({}, {"BTCUSDT": "0"}),
+        ({"status": "Trading"}, {"BTCUSDT": "0"}),
+        ({"status": "Delivering"}, {"DOGEUSDT": str(NOW_MS + DAY_MS)}),
+        ({"status": "Closed"}, {"LUNAUSDT": str(NOW_MS - DAY_MS)}),
+        ({"status": "PreLaunch"}, {"NEWUSDT": "0"}),
+        ({"symbol": "LUNAUSDT"}, {}),
+    ],
+)
+def test_instruments_of_each_status_say_when_they_end(query: dict[str, str], symbols: dict[str, str]) -> None:
+    body = over_rest(lambda ask: ask("instruments-info", category="linear", **query), ChangingMarket(20))
+    items = body["result"]["list"]
+    assert {item["symbol"]: item["deliveryTime"] for item in items} == symbols
+    assert {item["status"] for item in items} <= {query.get("status", "Trading")}
 
 
 def test_funding_history_is_newest_first_and_ends_now() -> None:

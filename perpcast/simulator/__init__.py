@@ -1,6 +1,6 @@
 """The local exchange: Bybit v5 over loopback, on recorded or synthetic candles, at a clock that may run faster.
 
-Market side only; matching, orders and faults move in later. Bybit's field names are written down here independently of
+Market side only; matching and orders move in later. Bybit's field names are written down here independently of
 `perpcast.exchange`, so that the two check one another.
 
     clock      the market's time, on a wall that is handed in
@@ -9,6 +9,8 @@ Market side only; matching, orders and faults move in later. Bybit's field names
     recorded   a market of parquet files
     synthetic  a seeded market, with an optional planted edge
     wire       Bybit's byte shapes
+    signing    the check of signed requests
     rest, stream  the endpoints and the public WebSocket
+    ip_limit, faults  what a request may meet before it is answered
     server     the running exchange
 """

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from perpcast.simulator import wire
+from perpcast.simulator import signing, wire
 from perpcast.simulator.clock import Clock
 from perpcast.simulator.market import BASE_MS, FundingSeries, Market, Window, visible_candles
 from perpcast.timeframe import INTERVAL_MINUTES
@@ -18,6 +18,8 @@ _DAY_MS = 86_400_000
 SERVED_INTERVALS = {
     name: minutes * 60_000 for name, minutes in INTERVAL_MINUTES.items() if minutes * 60_000 % BASE_MS == 0
 }
+# Nothing is listed there: clients that look over the whole exchange are told so instead of being refused.
+_EMPTY_CATEGORIES = ("spot", "inverse", "option")
 
 Query = Mapping[str, str]
 
@@ -27,10 +29,10 @@ class _ParameterError(Exception):
 
 
 class RestApi:
-    """Answers GET /v5/market/*."""
+    """Answers GET /v5/market/*, and of the signed endpoints the one that says what a key may do."""
 
-    def __init__(self, market: Market, clock: Clock) -> None:
-        self._market, self._clock = market, clock
+    def __init__(self, market: Market, clock: Clock, keys: Mapping[str, str] = {}) -> None:
+        self._market, self._clock, self._keys = market, clock, keys
 
     def routes(self) -> list[web.RouteDef]:
         """One route for each endpoint; whatever else is asked for under /v5 is answered with 10017."""
@@ -42,7 +44,8 @@ class RestApi:
             "tickers": self.tickers,
         }
         served = [web.get(f"/v5/market/{name}", self._handler(answer)) for name, answer in endpoints.items()]
-        return [*served, web.route("*", "/v5/{rest:.*}", self._not_found)]
+        signed = web.get("/v5/user/query-api", self._key_information)
+        return [*served, signed, web.route("*", "/v5/{rest:.*}", self._not_found)]
 
     def _handler(self, answer: Callable[[Query], dict[str, Any]]) -> Callable[[web.Request], Any]:
         async def handle(request: web.Request) -> web.Response:
@@ -53,6 +56,16 @@ class RestApi:
             return _json(wire.envelope(result, self._clock.now_ms(), code, message))
 
         return handle
+
+    async def _key_information(self, request: web.Request) -> web.Response:
+        now_ms = self._clock.now_ms()
+        try:
+            key = signing.check_signed(request.headers, request.raw_path.partition("?")[2], self._keys, now_ms)
+        except signing.UnsignedError as error:
+            return web.Response(status=401, text=str(error))
+        except signing.KeyRefusedError as error:
+            return _json(wire.envelope({}, now_ms, error.code, str(error)))
+        return _json(wire.envelope(wire.key_information(key, now_ms), now_ms))
 
     async def _not_found(self, request: web.Request) -> web.Response:
         message = f"Route not found: {request.method} {request.path}"
@@ -68,10 +81,12 @@ class RestApi:
             )
         window = Window(_integer(query, "start"), _integer(query, "end"), _limit(query, default=200, most=1000))
         series = visible_candles(self._market, symbol, SERVED_INTERVALS[interval], self._clock.now_ms(), window)
-        return {"symbol": symbol, "category": "linear", "list": wire.kline_rows(series)}
+        return {"symbol": symbol, "category": "linear", "list": wire.kline_list(series)}
 
     def instruments_info(self, query: Query) -> dict[str, Any]:
-        """All that trade, page by page; a symbol or status that nothing has gives an empty list."""
+        """All of one status, else all that trade, page by page; what nothing has gives an empty list."""
+        if query.get("category") in _EMPTY_CATEGORIES:
+            return {"category": query["category"], "list": [], "nextPageCursor": ""}
         _check_category(query)
         symbols = [symbol for symbol in self._market.symbols if query.get("symbol", symbol) == symbol]
         instruments = [self._market.instrument(symbol) for symbol in symbols]
@@ -102,6 +117,8 @@ class RestApi:
 
     def tickers(self, query: Query) -> dict[str, Any]:
         """One symbol, or all that have traded in the last 24 hours."""
+        if query.get("category") in _EMPTY_CATEGORIES:
+            return {"category": query["category"], "list": []}
         _check_category(query)
         symbols = (self._symbol(query),) if "symbol" in query else self._market.symbols
         now_ms, items = self._clock.now_ms(), []

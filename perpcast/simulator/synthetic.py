@@ -87,6 +87,8 @@ class SyntheticMarket:
 
     def funding(self, symbol: str) -> FundingSeries:
         """A payment every 8 hours since the first bar: around one basis point, bounded as BTCUSDT's are."""
+        if not len(self.candles(symbol)):
+            return FundingSeries.empty()
         first = int(self.candles(symbol).open_time_ms[0])
         time_ms = np.arange(START_MS, self._time_ms[-1] + BASE_MS, FUNDING_MS, dtype=np.int64)
         swing = _ar1(self._random(symbol, "funding").standard_normal(len(time_ms)), 0.9)

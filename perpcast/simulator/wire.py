@@ -1,14 +1,19 @@
 """Bybit's byte shapes: envelopes, rows and items as shared/spec/bybit-v5.md shows them; nearly every number is text."""
 
+import re
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import orjson
 
 from perpcast.market import Candle, CandleSeries, Instrument
 from perpcast.simulator.market import BASE_MS, FUNDING_MS, FundingSeries
 
 OK, PARAMETER_ERROR, ROUTE_NOT_FOUND = 0, 10001, 10017
+_EXPONENT = re.compile(rb"[-.0-9]+e[-+0-9]+")
+_KEY_DAYS = 90
 
 
 def envelope(result: dict[str, Any], now_ms: int, code: int = OK, message: str = "OK") -> dict[str, Any]:
@@ -29,11 +34,21 @@ def server_time(now_ms: int) -> dict[str, Any]:
     return {"timeSecond": str(now_ms // 1000), "timeNano": str(now_ms * 1_000_000)}
 
 
-def kline_rows(series: CandleSeries) -> list[list[str]]:
-    """Rows of /v5/market/kline: start, open, high, low, close, volume, turnover; newest first."""
+def kline_list(series: CandleSeries) -> orjson.Fragment:
+    """Rows of /v5/market/kline, as JSON: start, open, high, low, close, volume, turnover; newest first.
+
+    The same texts as `number` gives, but written by orjson from one array of floats and quoted afterwards: a page of
+    1,000 rows takes half a millisecond instead of two. Starts are whole numbers below 2**53, exact as floats.
+    """
+    if not len(series):
+        return orjson.Fragment(b"[]")
     columns = (series.open, series.high, series.low, series.close, series.volume, series.turnover)
-    texts = [map(str, series.open_time_ms[::-1].tolist()), *(map(number, column[::-1].tolist()) for column in columns)]
-    return [list(row) for row in zip(*texts, strict=True)]
+    values = np.column_stack((series.open_time_ms, *columns))[::-1]
+    rows = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
+    if b"e" in rows:
+        rows = _EXPONENT.sub(lambda match: number(float(match[0])).encode(), rows)
+    cells = rows[2:-2].replace(b",", b'","').replace(b']","[', b'"],["')
+    return orjson.Fragment(b'[["' + (cells + b'"').replace(b'.0"', b'"') + b"]]")
 
 
 def kline_message(candle: Candle, interval: str, step_ms: int, confirm: bool, now_ms: int) -> dict[str, Any]:
@@ -68,7 +83,7 @@ def instrument_item(instrument: Instrument) -> dict[str, Any]:
         "settleCoin": "USDT",
         "symbolType": "",
         "launchTime": str(instrument.launch_time_ms),
-        "deliveryTime": "0",
+        "deliveryTime": str(instrument.delivery_time_ms or 0),
         "deliveryFeeRate": "",
         "priceScale": str(max(0, -int(tick.as_tuple().exponent))),
         "leverageFilter": {"minLeverage": "1", "maxLeverage": str(instrument.max_leverage), "leverageStep": "0.01"},
@@ -144,8 +159,44 @@ def ticker_item(instrument: Instrument, day: CandleSeries, funding: FundingSerie
         "basisRate": "",
         "basisRateYear": "",
         "deliveryFeeRate": "",
-        "deliveryTime": "0",
+        "deliveryTime": str(instrument.delivery_time_ms or 0),
         "preOpenPrice": "",
         "preQty": "",
         "curPreListingPhase": "",
     }
+
+
+def key_information(key: str, now_ms: int) -> dict[str, Any]:
+    """Result of /v5/user/query-api: a key of the master account, of this machine, that may trade contracts only."""
+    none: list[str] = []
+    families = ("Spot", "Wallet", "Options", "Derivatives", "CopyTrading", "BlockTrade", "Exchange", "NFT", "Affiliate")
+    return {
+        "id": "1",
+        "note": "local exchange",
+        "apiKey": key,
+        "readOnly": 0,
+        "secret": "",
+        "permissions": {"ContractTrade": ["Order", "Position"], **dict.fromkeys((*families, "Earn"), none)},
+        "ips": ["127.0.0.1"],
+        "type": 1,
+        "deadlineDay": _KEY_DAYS,
+        "expiredAt": _timestamp(now_ms + _KEY_DAYS * 86_400_000),
+        "createdAt": _timestamp(now_ms),
+        "unified": 0,
+        "uta": 1,
+        "userID": 1,
+        "inviterID": 0,
+        "vipLevel": "No VIP",
+        "mktMakerLevel": "0",
+        "affiliateID": 0,
+        "rsaPublicKey": "",
+        "isMaster": True,
+        "parentUid": "0",
+        "kycLevel": "LEVEL_DEFAULT",
+        "kycRegion": "",
+    }
+
+
+def _timestamp(time_ms: int) -> str:
+    """As 2025-07-01T00:00:00Z."""
+    return datetime.fromtimestamp(time_ms // 1000, UTC).isoformat().replace("+00:00", "Z")
