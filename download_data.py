@@ -144,13 +144,15 @@ class DownloadDisplay:
         self._left[symbol] -= amount
         rate = self._done / max(time.monotonic() - self._begun, 1e-3)
         self._bars.update(self._all, advance=amount, rate=f"{rate:,.0f}/s")
+        if not sys.stdout.isatty():
+            self._print_tenth(rate)
+        if self._amounts[symbol] == 1:  # not worth a bar
+            return
         if symbol not in self._tasks:
             self._tasks[symbol] = self._bars.add_task(f"  {symbol}", total=self._amounts[symbol], unit="", rate="")
         self._bars.update(self._tasks[symbol], advance=amount)
         if self._left[symbol] <= 0:
             self._bars.remove_task(self._tasks.pop(symbol))
-        if not sys.stdout.isatty():
-            self._print_tenth(rate)
 
     def _print_tenth(self, rate: float) -> None:
         """A line for each tenth, but not more often than a person reads."""

@@ -18,6 +18,7 @@ from perpcast.timeframe import from_ms, to_ms
 
 _PRICES = ("open", "high", "low", "close", "volume", "turnover")
 _BLOCKS = (Block(("open_time",), "time"), Block(_PRICES, "double"))
+_RATE_BLOCKS = (Block(("funding_time",), "time"), Block(("rate",), "double"))
 
 _OLD = ", ".join(f"old.{name}" for name in _PRICES)
 _NEW = ", ".join(f"new.{name}" for name in _PRICES)
@@ -82,6 +83,9 @@ def upsert_candles(engine: Engine, symbol: str, candles: CandleSeries) -> Stored
         copy_in(connection, table, [("symbol", symbol)], _BLOCKS, (candles.open_time_ms, prices), (None, None))
 
     def insert_new(connection: Connection) -> StoredCandles:
+        # Not waited for: after a power cut the last of them may be missing, never the rows before a row that is there,
+        # and what is missing is asked for again. Half as fast again as waiting for the disk.
+        connection.execute(text("SET LOCAL synchronous_commit = off"))
         copy(connection, raw_market_data.name)
         _AFTER_INSERT()
         return StoredCandles(len(candles), ())
@@ -157,17 +161,27 @@ def read_missing_ranges(engine: Engine, symbol: str, start_ms: int, end_ms: int,
     return sorted({(first, end) for first, end in ranges if first < end})
 
 
-def read_flat_runs(engine: Engine, symbol: str) -> list[tuple[int, int]]:
-    """First and last open in ms of each run of FLAT_RUN_BARS or more stored bars with high = low and no volume."""
+def read_flat_runs(engine: Engine) -> dict[str, list[tuple[int, int]]]:
+    """First and last open in ms of each run of FLAT_RUN_BARS or more stored bars with high = low and no volume.
+
+    By symbol; a symbol without such runs is absent.
+    """
     query = text(
-        "WITH bars AS (SELECT open_time, high = low AND volume = 0 AS flat, "
-        "row_number() OVER (ORDER BY open_time) AS row FROM raw_market_data WHERE symbol = :symbol), "
-        "flats AS (SELECT open_time, row - row_number() OVER (ORDER BY open_time) AS run FROM bars WHERE flat) "
-        "SELECT min(open_time), max(open_time) FROM flats GROUP BY run HAVING count(*) >= :bars ORDER BY 1"
+        "WITH suspects AS (SELECT symbol FROM raw_market_data WHERE high = low AND volume = 0 "
+        "GROUP BY symbol HAVING count(*) >= :bars), "
+        "bars AS (SELECT symbol, open_time, high = low AND volume = 0 AS flat, "
+        "row_number() OVER (PARTITION BY symbol ORDER BY open_time) AS row "
+        "FROM raw_market_data WHERE symbol IN (SELECT symbol FROM suspects)), "
+        "flats AS (SELECT symbol, open_time, row - row_number() OVER (PARTITION BY symbol ORDER BY open_time) AS run "
+        "FROM bars WHERE flat) "
+        "SELECT symbol, min(open_time), max(open_time) FROM flats GROUP BY symbol, run HAVING count(*) >= :bars "
+        "ORDER BY 1, 2"
     )
+    runs: dict[str, list[tuple[int, int]]] = {}
     with engine.connect() as connection:
-        rows = connection.execute(query, {"symbol": symbol, "bars": FLAT_RUN_BARS}).all()
-    return [(to_ms(first), to_ms(last)) for first, last in rows]
+        for symbol, first, last in connection.execute(query, {"bars": FLAT_RUN_BARS}):
+            runs.setdefault(symbol, []).append((to_ms(first), to_ms(last)))
+    return runs
 
 
 def replace_candle_gaps(engine: Engine, symbol: str, gaps: Sequence[CandleGap]) -> None:
@@ -202,15 +216,29 @@ def read_candle_gaps(engine: Engine, symbol: str | None = None) -> list[CandleGa
 
 
 def upsert_funding_rates(engine: Engine, rates: Iterable[FundingRate]) -> None:
-    """Stores funding payments; those already there take the new rate."""
-    rows = [{"symbol": rate.symbol, "funding_time": from_ms(rate.funding_time_ms), "rate": rate.rate} for rate in rates]
-    if not rows:
+    """Stores funding payments in one transaction; those already there take the new rate."""
+    by_symbol: dict[str, list[FundingRate]] = {}
+    for rate in rates:
+        by_symbol.setdefault(rate.symbol, []).append(rate)
+    if not by_symbol:
         return
-    statement = insert(funding_rates)
-    statement = statement.on_conflict_do_update(
-        index_elements=["symbol", "funding_time"], set_={"rate": statement.excluded.rate}
-    )
-    transact(engine, lambda connection: connection.execute(statement, rows))
+
+    def merge(connection: Connection) -> None:
+        connection.execute(
+            text("CREATE TEMPORARY TABLE IF NOT EXISTS incoming_rates (LIKE funding_rates) ON COMMIT DELETE ROWS")
+        )
+        for symbol, own in by_symbol.items():
+            times = np.array([rate.funding_time_ms for rate in own], np.int64)
+            values = np.array([rate.rate for rate in own])
+            copy_in(connection, "incoming_rates", [("symbol", symbol)], _RATE_BLOCKS, (times, values), (None, None))
+        connection.execute(
+            text(
+                "INSERT INTO funding_rates SELECT * FROM incoming_rates ORDER BY symbol, funding_time "
+                "ON CONFLICT (symbol, funding_time) DO UPDATE SET rate = excluded.rate"
+            )
+        )
+
+    transact(engine, merge)
 
 
 def read_funding_rates(

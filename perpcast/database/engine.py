@@ -26,6 +26,10 @@ _RESTART_SECONDS = 60.0  # how long a server that went away is waited for
 # Of every session: aware times, no transaction forgotten open, nobody waited for without an end.
 _SESSION = "-c timezone=UTC -c idle_in_transaction_session_timeout=60s -c lock_timeout=30s"
 
+# How the server says that it ends a session: it stops, the line broke, a transaction was idle for too long (as after a
+# laptop's sleep).
+_ENDED = ("57P", "08", errorcodes.IDLE_IN_TRANSACTION_SESSION_TIMEOUT)
+
 _STARTING = ("starting up", "not yet accepting connections", "in recovery mode", "shutting down")
 
 
@@ -108,22 +112,30 @@ def _explain_failure(address: DatabaseAddress, error: BaseException | None) -> P
     if code == errorcodes.DISK_FULL:
         return PerpcastError(f"the disk of the database {address} is full; free some space, then run the command again")
     if code == errorcodes.INSUFFICIENT_PRIVILEGE:
-        return DatabaseUnavailableError(f"{address}: {first_line(error)}; grant it, or connect as another user")
+        return DatabaseUnavailableError(
+            f"{address}: {first_line(error)}; connect as another user, or let the owner of the tables run: "
+            f'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO "{address.user}"'
+        )
     if code == errorcodes.READ_ONLY_SQL_TRANSACTION:
-        return DatabaseUnavailableError(f"{address} is read-only; connect to the primary server")
+        return DatabaseUnavailableError(
+            f"{address} is read-only; connect to the primary server, or end its default_transaction_read_only"
+        )
     if code in _CONFLICTS:
         return PerpcastError(f"{address}: {first_line(error)}; end what else works on it, then run the command again")
     if _is_lost(error):
-        return PerpcastError(f"the connection to {address} was lost; what was committed is kept, run the command again")
+        return PerpcastError(
+            f"the connection to {address} was lost; what was committed is kept, run the command again (the server's "
+            "log says why: stopped, crashed, disk full)"
+        )
     return None
 
 
 def _is_lost(error: BaseException | None) -> bool:
     """Whether the server, or the way to it, is gone for now."""
-    code = getattr(error, "pgcode", None) or ""
-    return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError) and (
-        not code or code.startswith(("57P", "08"))
-    )
+    code = getattr(error, "pgcode", None)
+    if code:
+        return code.startswith(_ENDED)
+    return isinstance(error, psycopg2.OperationalError | psycopg2.InterfaceError)
 
 
 def _to_json(value: Any) -> str:

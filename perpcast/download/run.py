@@ -41,7 +41,10 @@ from perpcast.timeframe import DAY_MS, floor_ms, format_time, from_ms, interval_
 SETTLE_MS = 5_000
 
 # Pages that are stored together: a commit waits for the disk, and each of them is asked for again after a kill.
-STRETCH_PAGES = 5
+STRETCH_PAGES = 10
+
+# Stretches written at a time: one more than that and they only wait for one another.
+WRITERS = 2
 
 # What --verify asks for again, of some 5,400 pages in three years of 51 symbols: two seconds of the rate limit.
 VERIFIED_PAGES = 200
@@ -284,8 +287,11 @@ class _Run:
         stored = [(span.first_ms, span.last_ms + self._step_ms)] if span else []
         first_ms = min(first for first, _ in (state.span, *known, *stored))
         end_ms = max(end for _, end in (state.span, *known, *stored))
-        state.missing = read_missing_ranges(self._database, symbol, first_ms, end_ms, self._step_ms)
         state.first_stored_ms = span.first_ms if span else None
+        if stored and span and span.count == (stored[0][1] - stored[0][0]) // self._step_ms:  # no hole to look for
+            state.missing = subtract([(first_ms, end_ms)], stored)
+        else:
+            state.missing = read_missing_ranges(self._database, symbol, first_ms, end_ms, self._step_ms)
 
     def unexplained(self) -> dict[str, list[Range]]:
         """Stretches to ask for, by symbol."""
@@ -309,7 +315,7 @@ class _Run:
         if not bars:
             return
         self._progress.begin(phase, "bars", bars)
-        writing = asyncio.Lock()  # one write at a time: they share a disk
+        writing = asyncio.Semaphore(WRITERS)
 
         async def fetch(job: tuple[str, Range]) -> None:
             symbol, stretch = job
@@ -388,16 +394,14 @@ class _Run:
     def record_gaps(self) -> Counter[str]:
         """Writes down why bars of each symbol are missing or do not count; returns the bars of each cause."""
         bars: Counter[str] = Counter()
+        flat_runs = read_flat_runs(self._database)
         for symbol, state in self._symbols.items():
-            flat_runs = [
-                (first_ms, last_ms + self._step_ms) for first_ms, last_ms in read_flat_runs(self._database, symbol)
-            ]
             evidence = Evidence(
                 missing=state.missing,
                 first_stored_ms=state.first_stored_ms,
                 asked=join(state.asked),
                 rejected=_stretches_of(state.rejected.values(), self._step_ms),
-                flat_runs=flat_runs,
+                flat_runs=[(first_ms, last_ms + self._step_ms) for first_ms, last_ms in flat_runs.get(symbol, [])],
                 newest_ms=state.newest_ms,
             )
             gaps = classify(symbol, self._step_ms, state.known, evidence)
