@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import download
 from perpcast.config import load_settings
 from perpcast.exit_policy import ExitPolicy, label_trades
 from perpcast.features.indicators import compute_indicators
@@ -187,6 +188,9 @@ def main() -> None:
             ours, theirs = measure()
             table.add_row(name, unit, f"{ours:,.0f}", peer, f"{theirs:,.0f}", f"{ours / theirs:,.1f} x")
     console.print(table)
+    with console.status("measuring: download (two minutes)"):
+        downloads = download.measure()
+    console.print(downloads)
 
 
 if __name__ == "__main__":

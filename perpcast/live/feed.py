@@ -1,7 +1,8 @@
 """Closed bars of all symbols, in order of time, each candle once: from the stream, with the REST interface behind it.
 
 The candles of one symbol are handed out without a hole: what the stream left out is fetched before anything newer of
-that symbol is given on, and only what the exchange does not have either is passed over.
+that symbol is given on, and only what the exchange does not have either is passed over. A symbol that cannot be had
+holds up the others for moments only.
 """
 
 import asyncio
@@ -16,6 +17,8 @@ from perpcast.timeframe import floor_ms
 
 # Candles that wait for us; with more of them the stream is not read on, and the exchange's own buffers fill.
 QUEUE_CANDLES = 10_000
+# After an outage so long is waited for what the stream left out, then bars are handed out without it.
+CATCH_UP_SECONDS = 30.0
 
 FetchCandles = Callable[[str, int, int], Awaitable[CandleSeries]]  # symbol, first open, end (excluded), in ms
 ExchangeTime = Callable[[], Awaitable[int]]  # the exchange's clock in ms
@@ -70,7 +73,7 @@ class BarFeed:
     ) -> None:
         self._step_ms = step_ms
         self._stream, self._fetch, self._exchange_time_ms = stream, fetch, exchange_time_ms
-        self._next_ms, self._last_ms = first_ms, last_ms
+        self._first_ms, self._next_ms, self._last_ms = first_ms, first_ms, last_ms
         self._grace_seconds, self._idle_seconds, self._block_bars = grace_seconds, idle_seconds, block_bars
         self._handed = dict.fromkeys(symbols, history_ms - step_ms)  # newest candle handed out or known not to exist
         self._settled = dict.fromkeys(symbols, history_ms)  # before this, what is not here is not at the exchange
@@ -78,6 +81,7 @@ class BarFeed:
         self._arriving: asyncio.Queue[Candle | BaseException | None] = asyncio.Queue(QUEUE_CANDLES)
         self._close_before_ms = first_ms  # bars before this wait for nobody any more
         self._first_arrival_seconds: float | None = None  # of the bar that is waited for
+        self._fetching: dict[str, asyncio.Task[str]] = {}  # symbols whose candles are asked for; what went wrong
         self._ended = False
         self._failures: list[str] = []
         self.dropped = 0  # candles that came twice, or from the future
@@ -98,9 +102,11 @@ class BarFeed:
                     block.append(self._take())
                 yield block
         finally:
-            pump.cancel()
-            with suppress(asyncio.CancelledError):
-                await pump
+            for task in (tasks := [pump, *self._fetching.values()]):
+                task.cancel()
+            for task in tasks:
+                with suppress(asyncio.CancelledError):
+                    await task
 
     def _wanted(self) -> bool:
         return self._last_ms is None or self._next_ms <= self._last_ms
@@ -193,7 +199,7 @@ class BarFeed:
                 self.dropped += 1
         newest_ms = self._newest_ms()
         if newest_ms > self._next_ms:
-            await self._sweep(newest_ms, newest_ms)
+            await self._sweep(newest_ms, newest_ms, CATCH_UP_SECONDS)
             self._close_before_ms = newest_ms
 
     async def _ask_for_overdue(self) -> bool:
@@ -204,7 +210,7 @@ class BarFeed:
             return True
         end_ms = floor_ms(now_ms, self._step_ms)
         failed = len(self._failures)
-        await self._sweep(end_ms, end_ms - self._step_ms)
+        await self._sweep(end_ms, end_ms - self._step_ms, CATCH_UP_SECONDS)
         newest_ms = self._newest_ms()
         if newest_ms >= self._next_ms:
             self._close_before_ms = newest_ms + self._step_ms
@@ -214,15 +220,19 @@ class BarFeed:
 
     async def _now_ms(self) -> int | None:
         try:
-            return await self._exchange_time_ms()
+            async with asyncio.timeout(CATCH_UP_SECONDS):
+                return await self._exchange_time_ms()
         except PerpcastError as error:
             self._failures.append(str(error))
-            return None
+        except TimeoutError:
+            self._failures.append(f"the exchange's clock: no answer within {CATCH_UP_SECONDS:g} s")
+        return None
 
-    async def _sweep(self, end_ms: int, settled_ms: int, at_most_seconds: float | None = None) -> None:
+    async def _sweep(self, end_ms: int, settled_ms: int, at_most_seconds: float | None) -> None:
         """Fetches what is missing before `end_ms`; afterwards what is still missing before `settled_ms` does not exist.
 
-        A symbol whose fetch fails, or takes longer than allowed, is left as it is and asked for again later.
+        A symbol whose fetch fails is left as it is and asked for again later. One that takes longer than allowed goes
+        on beside everything else: it is waited for again next time.
         """
         results = await asyncio.gather(
             *(self._fetch_in_time(symbol, end_ms, settled_ms, at_most_seconds) for symbol in self._buffer)
@@ -232,11 +242,22 @@ class BarFeed:
     async def _fetch_in_time(self, symbol: str, end_ms: int, settled_ms: int, seconds: float | None) -> str:
         try:
             async with asyncio.timeout(seconds):
-                await self._fetch_missing(symbol, end_ms, settled_ms)
-        except PerpcastError as error:
-            return str(error)
+                if symbol in self._fetching and (failure := await self._fetched(symbol)):
+                    return failure
+                self._fetching[symbol] = asyncio.create_task(self._try_fetch(symbol, end_ms, settled_ms))
+                return await self._fetched(symbol)
         except TimeoutError:
             return f"candles of {symbol}: no answer within {seconds:g} s"
+
+    async def _fetched(self, symbol: str) -> str:
+        await asyncio.wait([self._fetching[symbol]])  # whose cancellation leaves the fetch alone
+        return self._fetching.pop(symbol).result()
+
+    async def _try_fetch(self, symbol: str, end_ms: int, settled_ms: int) -> str:
+        try:
+            await self._fetch_missing(symbol, end_ms, settled_ms)
+        except PerpcastError as error:
+            return str(error)
         return ""
 
     async def _fetch_missing(self, symbol: str, end_ms: int, settled_ms: int) -> None:
@@ -255,9 +276,10 @@ class BarFeed:
         return open_time_ms
 
     async def _hand_out(self) -> ClosedBar:
-        """The next bar; holes before it are filled first."""
+        """The next bar; holes before it are filled first. The history before the first bar may take its time."""
         if any(self._first_unsettled(symbol) < self._next_ms for symbol in self._buffer):
-            await self._sweep(self._next_ms, self._next_ms)
+            begun = self._next_ms > self._first_ms
+            await self._sweep(self._next_ms, self._next_ms, self._grace_seconds if begun else None)
         return self._take()
 
     def _more_ready(self) -> bool:
