@@ -1,20 +1,29 @@
 """Computes indicators and labels: python prepare_dataset.py
 
 Reads config.yaml (data_download, risk_profile, fees, dataset, model.prediction_horizon) and `raw_market_data`.
-Writes `processed_market_data`: the 49 indicators, and what a trade earned at every bar, both sides.
+Writes `processed_market_data` (the 49 indicators, and what a trade earned at every bar, both sides), `processed_months`
+(what the rows were made of) and the page reports/dataset/index.html.
 """
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import click
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from perpcast.command_line import console, open_database, progress_bar, stage
 from perpcast.config import Settings
+from perpcast.database import Database, read_candle_gaps, read_candles, read_processed
 from perpcast.exit_policy import EXIT_REASONS, ExitPolicy
+from perpcast.features.inputs import OBSERVED, observed_inputs
 from perpcast.market import SIDES
-from perpcast.prepare import PreparedSymbol, SideCounts, prepare
+from perpcast.prepare import PreparedSymbol, prepare
+from perpcast.quality import Quality, SideQuality
+from perpcast.timeframe import format_time
 
 
 @click.command()
@@ -22,7 +31,7 @@ from perpcast.prepare import PreparedSymbol, SideCounts, prepare
 def main(settings: Settings) -> None:
     """Computes the 49 indicators and the expected returns of both sides for every stored candle.
 
-    What is in the table already is compared, not written again: stop it at any time and run it again.
+    Only what new or revised candles touch is written again: stop it at any time and run it again, or run it every day.
 
     \b
     Examples:
@@ -33,18 +42,65 @@ def main(settings: Settings) -> None:
     horizon = settings.model.prediction_horizon
     policies = {side: ExitPolicy.from_config(settings.risk_profile, settings.fees, side, horizon) for side in SIDES}
     begun = time.monotonic()
-    with open_database(settings) as database, progress_bar("prepare") as on_progress:
-        prepared = prepare(
-            database, wanted.symbols, wanted.interval, policies, settings.dataset.max_gap_bars, on_progress
+    with open_database(settings) as database:
+        with progress_bar("prepare") as on_progress:
+            prepared = prepare(
+                database, wanted.symbols, wanted.interval, policies, settings.dataset.max_gap_bars, on_progress
+            )
+        gaps = read_gap_bars(database, [each.symbol for each in prepared])
+        _report(wanted.symbols, prepared, gaps, time.monotonic() - begun)
+        page = settings.path("reports", "dataset", "index.html")
+        if any(each.bars_written for each in prepared) or not page.exists():
+            _write_page(database, settings, prepared, gaps, page.parent)
+    console.print(f"report: {page}")
+    console.print("next: python train_universal_transformer.py --task regression")
+
+
+def read_gap_bars(database: Database, symbols: Sequence[str]) -> dict[str, Counter[str]]:
+    """Bars that are missing or do not count, by symbol and cause."""
+    bars: dict[str, Counter[str]] = {symbol: Counter() for symbol in symbols}
+    for gap in read_candle_gaps(database):
+        if gap.symbol in bars:
+            bars[gap.symbol][gap.cause] += gap.bars
+    return bars
+
+
+def _write_page(
+    database: Database,
+    settings: Settings,
+    prepared: Sequence[PreparedSymbol],
+    gaps: Mapping[str, Mapping[str, int]],
+    folder: Path,
+) -> None:
+    """The report with its pictures; the newest bars of every symbol are its sample of model inputs."""
+    from perpcast.evaluation.quality_report import QualityReport, write_quality_report
+
+    with console.status("drawing the report"):
+        sample = [_newest_inputs(database, settings, each.symbol, max(each.months)) for each in prepared]
+        report = QualityReport(
+            market=f"Bybit {settings.exchange.environment}: symbols chosen on {settings.data_download.universe_as_of}",
+            months={each.symbol: each.months for each in prepared},
+            gap_bars=gaps,
+            columns=OBSERVED,
+            sample=np.concatenate(sample),
         )
-    _report(wanted.symbols, prepared, time.monotonic() - begun)
+        write_quality_report(report, folder)
 
 
-def _report(symbols: Sequence[str], prepared: list[PreparedSymbol], seconds: float) -> None:
+def _newest_inputs(database: Database, settings: Settings, symbol: str, since_ms: int) -> np.ndarray:
+    """The model inputs of a symbol's newest bars; what reaches further back is unknown."""
+    candles, processed = read_candles(database, symbol, since_ms), read_processed(database, symbol, since_ms)
+    interval, max_gap_bars = settings.data_download.interval, settings.dataset.max_gap_bars
+    return observed_inputs(candles.frame(), processed.indicators, interval, max_gap_bars)
+
+
+def _report(
+    symbols: Sequence[str], prepared: list[PreparedSymbol], gaps: Mapping[str, Mapping[str, int]], seconds: float
+) -> None:
+    console.print(_symbol_table(prepared, gaps))
+    whole = sum((each.quality for each in prepared), Quality())
     table = Table("over all bars with a label", *(Column(side, justify="right") for side in SIDES))
-    rows = zip(
-        *(_base_rates(sum((each.sides[side] for each in prepared), SideCounts())) for side in SIDES), strict=True
-    )
+    rows = zip(*(_base_rates(whole.sides[side]) for side in SIDES), strict=True)
     for name, values in zip(("labels", "mean return", "profits", "ambiguous", *EXIT_REASONS[1:]), rows, strict=True):
         table.add_row(name, *values)
     console.print(table)
@@ -52,19 +108,45 @@ def _report(symbols: Sequence[str], prepared: list[PreparedSymbol], seconds: flo
     absent = [symbol for symbol in symbols if symbol not in present]
     if absent:
         console.print(f"no candles yet: {', '.join(absent)}")
-    bars, complete = sum(each.bars for each in prepared), sum(each.complete for each in prepared)
-    written = sum(each.written for each in prepared)
+    written = [each for each in prepared if each.bars_written]
     console.print(
-        f"{bars:,} bars of {len(prepared)} symbols, {complete:,} with every indicator; "
-        f"{written} symbols written, {len(prepared) - written} unchanged, {seconds:.1f} s"
+        f"{whole.bars:,} bars of {len(prepared)} symbols, {whole.complete:,} with every indicator; "
+        f"{len(written)} symbols written, {len(prepared) - len(written)} unchanged, {seconds:.1f} s"
     )
-    console.print("next: python train_universal_transformer.py --task regression")
 
 
-def _base_rates(counts: SideCounts) -> list[str]:
-    of = max(counts.labels, 1)
-    shares = (counts.profits, counts.ambiguous, *counts.exits[1:])
-    return [f"{counts.labels:,}", f"{counts.return_sum / of:+.4%}", *(f"{share / of:.1%}" for share in shares)]
+def _symbol_table(prepared: Sequence[PreparedSymbol], gaps: Mapping[str, Mapping[str, int]]) -> Table:
+    """A line for each symbol: how far back, how complete, what a trade at every bar would have earned."""
+    numbers = ("bars", "missing", "warm-up", *SIDES, "ambig.", "odd")
+    columns = (Column(name, justify="right", no_wrap=True) for name in numbers)
+    table = Table(
+        *(Column(name, no_wrap=True) for name in ("symbol", "since")),
+        *columns,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for each in prepared:
+        quality = each.quality
+        missing = sum(bars for cause, bars in gaps[each.symbol].items() if cause != "flat_run")
+        labels = sum(side.labels for side in quality.sides.values())
+        ambiguous = sum(side.ambiguous for side in quality.sides.values())
+        means = (side.return_sum / max(side.labels, 1) for side in quality.sides.values())
+        table.add_row(
+            each.symbol,
+            format_time(min(each.months))[:7],
+            *(f"{number:,}" for number in (quality.bars, missing, quality.bars - quality.complete)),
+            *(f"{mean:+.3%}" for mean in means),
+            f"{ambiguous / max(labels, 1):.1%}",
+            f"{quality.suspicious:,}",
+        )
+    return table
+
+
+def _base_rates(side: SideQuality) -> list[str]:
+    of = max(side.labels, 1)
+    shares = (side.profits, side.ambiguous, *side.exits[1:])
+    return [f"{side.labels:,}", f"{side.return_sum / of:+.4%}", *(f"{share / of:.1%}" for share in shares)]
 
 
 if __name__ == "__main__":

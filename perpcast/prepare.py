@@ -1,59 +1,55 @@
 """The prepare stage: from stored candles to indicators and labels, one symbol and one transaction at a time.
 
-What a symbol's candles give is compared with what is stored, and written where it differs: a run that was killed, new
-candles, another exit policy or another indicator all end in the table that a first run would have made.
+What the rows of a month were made of stands beside them: its candles (their number and a digest), and the version of
+indicators, labels and settings. So only what new candles touch is computed again, and a run that was killed, new or
+revised candles, another exit policy or another indicator all end in the table that a first run would have made.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from hashlib import sha256
 
 import numpy as np
 
 from perpcast.database import (
+    CandleMonth,
     Database,
+    ProcessedMonth,
     ProcessedSeries,
-    read_candle_spans,
+    read_candle_months,
     read_candles,
-    read_processed,
+    read_processed_months,
+    read_processed_spans,
     replace_processed,
 )
 from perpcast.errors import DataError, MissingInputError
-from perpcast.exit_policy import EXIT_REASONS, ExitPolicy, Labels, label_trades
-from perpcast.features.indicators import compute_indicators
+from perpcast.exit_policy import ExitPolicy, Labels, label_trades
+from perpcast.features.indicators import FEATURE_SET, compute_indicators
 from perpcast.features.inputs import rounded_as_stored
-from perpcast.market import SIDES, CandleSeries, Side, flat_run_mask
-from perpcast.timeframe import format_time, interval_ms
+from perpcast.market import FLAT_RUN_BARS, SIDES, CandleSeries, Side, flat_run_mask
+from perpcast.quality import QUALITY_VERSION, Quality, measure
+from perpcast.timeframe import format_time, interval_ms, month_ms
 
+LABEL_VERSION = "exit_policy/1"
 
-@dataclass(frozen=True)
-class SideCounts:
-    """What the trades of one side earned, over all bars with a label; sums, so that symbols can be added up."""
-
-    labels: int = 0
-    return_sum: float = 0.0
-    profits: int = 0
-    ambiguous: int = 0
-    exits: tuple[int, ...] = (0,) * len(EXIT_REASONS)  # by exit reason
-
-    def __add__(self, other: "SideCounts") -> "SideCounts":
-        return SideCounts(
-            self.labels + other.labels,
-            self.return_sum + other.return_sum,
-            self.profits + other.profits,
-            self.ambiguous + other.ambiguous,
-            tuple(a + b for a, b in zip(self.exits, other.exits, strict=True)),
-        )
+# Candles that close a label, or a flat run that changes one, come so much later than the bar that they concern.
+_LATEST_INFLUENCE_BARS = FLAT_RUN_BARS + 1  # beside the policy's horizon
 
 
 @dataclass(frozen=True)
 class PreparedSymbol:
-    """What was done for one symbol. `complete` counts the bars at which every indicator is known."""
+    """What stands in the table for one symbol, and from when on this run has written it (None: nothing was new)."""
 
     symbol: str
-    bars: int
-    complete: int
-    written: bool  # False: the table held all of it already
-    sides: Mapping[Side, SideCounts]
+    months: Mapping[int, Quality]  # by the start of the month in ms
+    written_from_ms: int | None
+    bars_written: int
+
+    @property
+    def quality(self) -> Quality:
+        """Of all months together."""
+        return sum(self.months.values(), Quality())
 
 
 def prepare(
@@ -66,29 +62,98 @@ def prepare(
 ) -> list[PreparedSymbol]:
     """Brings `processed_market_data` in line with the candles of `symbols`; a symbol without candles is left out.
 
-    Raises MissingInputError where none of them has candles, DataError for candles off the grid of `interval`.
+    Months whose candles are what they were, and whose rows were made by this version of features, labels and settings,
+    stay as they are. Raises MissingInputError where none of the symbols has candles, DataError for candles off the grid
+    of `interval`.
     """
-    spans = read_candle_spans(database)
-    present = [symbol for symbol in symbols if symbol in spans]
+    candle_months = read_candle_months(database)
+    present = [symbol for symbol in symbols if symbol in candle_months]
     if not present:
         raise MissingInputError(
             f"no candles of any of the {len(symbols)} configured symbols are stored: run python download_data.py first"
         )
-    total = sum(spans[symbol].count for symbol in present)
+    recipe = _Recipe(interval, policies, max_gap_bars)
+    known, spans = read_processed_months(database), read_processed_spans(database)
+    bars = {symbol: sum(month.candles for month in candle_months[symbol]) for symbol in present}
     done, prepared = 0, []
     for symbol in present:
-        candles = read_candles(database, symbol)
-        try:
-            processed = process_candles(candles, interval, policies, max_gap_bars)
-        except DataError as error:
-            raise DataError(f"{symbol}: {error}") from None
-        written = not _same(processed, read_processed(database, symbol))
-        if written:
-            replace_processed(database, symbol, processed)
-        prepared.append(_count(symbol, processed, written))
-        done += spans[symbol].count
-        on_progress(done, total)
+        stored = known.get(symbol, [])
+        whole = symbol in spans and spans[symbol].count == sum(month.candles.candles for month in stored)
+        start_ms = recipe.first_outdated_ms(candle_months[symbol], stored if whole else [])
+        prepared.append(_prepare_symbol(database, symbol, candle_months[symbol], stored, start_ms, recipe))
+        done += bars[symbol]
+        on_progress(done, sum(bars.values()))
     return prepared
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How rows are made of candles."""
+
+    interval: str
+    policies: Mapping[Side, ExitPolicy]
+    max_gap_bars: int
+
+    @property
+    def version(self) -> str:
+        """Changes with everything but the candles that a row depends on."""
+        policies = {side: self.policies[side].to_json() for side in SIDES}
+        parts = [FEATURE_SET, LABEL_VERSION, QUALITY_VERSION, self.interval, self.max_gap_bars, policies]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def first_outdated_ms(self, candles: Sequence[CandleMonth], stored: Sequence[ProcessedMonth]) -> int | None:
+        """The start of the first month to write again, None where all rows are up to date.
+
+        Indicators look back only, as far as their stretch reaches: everything from the first changed candle on is
+        outdated. Labels look ahead: so are the last rows before it.
+        """
+        version = self.version
+        made_of = {month.candles.month_ms: month.candles for month in stored if month.version == version}
+        changed = [month.month_ms for month in candles if made_of.get(month.month_ms) != month]
+        changed += {month.candles.month_ms for month in stored} - {month.month_ms for month in candles}
+        if not changed:
+            return None
+        horizon = max(policy.horizon for policy in self.policies.values())
+        return month_ms(min(changed) - (horizon + _LATEST_INFLUENCE_BARS) * interval_ms(self.interval))
+
+
+def _prepare_symbol(
+    database: Database,
+    symbol: str,
+    candle_months: Sequence[CandleMonth],
+    stored: Sequence[ProcessedMonth],
+    start_ms: int | None,
+    recipe: _Recipe,
+) -> PreparedSymbol:
+    """Writes a symbol's rows from `start_ms` on; the candles before it are read for the indicators' sake."""
+    kept = {
+        month.candles.month_ms: Quality.from_json(month.quality)
+        for month in stored
+        if start_ms is None or month.candles.month_ms < start_ms
+    }
+    if start_ms is None:
+        return PreparedSymbol(symbol, kept, None, 0)
+    candles = read_candles(database, symbol)
+    try:
+        processed = process_candles(candles, recipe.interval, recipe.policies, recipe.max_gap_bars)
+    except DataError as error:
+        raise DataError(f"{symbol}: {error}") from None
+    first = int(np.searchsorted(candles.open_time_ms, start_ms))
+    months = {}
+    for month, rows in _rows_by_month(candles, [month for month in candle_months if month.month_ms >= start_ms]):
+        quality = measure(candles, processed.indicators, processed.labels, rows)
+        months[month.month_ms] = (ProcessedMonth(month, recipe.version, quality.to_json()), quality)
+    ledger = [row for row, _ in months.values()]
+    replace_processed(database, symbol, processed[first:], ledger, start_ms)
+    new = {month: quality for month, (_, quality) in months.items()}
+    return PreparedSymbol(symbol, kept | new, start_ms, len(candles) - first)
+
+
+def _rows_by_month(candles: CandleSeries, months: Sequence[CandleMonth]) -> Iterator[tuple[CandleMonth, slice]]:
+    """The rows of each month; the last ends with the candles, which may be newer than the list of months."""
+    firsts = np.searchsorted(candles.open_time_ms, [month.month_ms for month in months])
+    ends = [*firsts[1:].tolist(), len(candles)]
+    return ((month, slice(int(first), end)) for month, first, end in zip(months, firsts, ends, strict=True))
 
 
 def process_candles(
@@ -118,37 +183,3 @@ def label_candles(candles: CandleSeries, interval: str, side: Side, policy: Exit
     open, high, low, close = grid
     on_grid = label_trades(open, high, low, close, side, policy)
     return Labels(*(getattr(on_grid, field.name)[place] for field in fields(Labels)))
-
-
-def _same(a: ProcessedSeries, b: ProcessedSeries) -> bool:
-    return (
-        np.array_equal(a.open_time_ms, b.open_time_ms)
-        and np.array_equal(a.indicators, b.indicators, equal_nan=True)
-        and all(
-            np.array_equal(
-                getattr(a.labels[side], field.name),
-                getattr(b.labels[side], field.name),
-                equal_nan=field.name == "expected_return",
-            )
-            for side in SIDES
-            for field in fields(Labels)
-        )
-    )
-
-
-def _count(symbol: str, processed: ProcessedSeries, written: bool) -> PreparedSymbol:
-    complete = int(np.isfinite(processed.indicators).all(axis=1).sum())
-    sides = {side: _count_side(processed.labels[side]) for side in SIDES}
-    return PreparedSymbol(symbol, len(processed), complete, written, sides)
-
-
-def _count_side(labels: Labels) -> SideCounts:
-    known = np.isfinite(labels.expected_return)
-    returns = labels.expected_return[known]
-    return SideCounts(
-        labels=len(returns),
-        return_sum=float(returns.sum()),
-        profits=int((returns > 0).sum()),
-        ambiguous=int(labels.ambiguous[known].sum()),
-        exits=tuple(np.bincount(labels.exit_reason[known], minlength=len(EXIT_REASONS)).tolist()),
-    )

@@ -31,6 +31,11 @@ def floor_ms(time_ms: int, step_ms: int) -> int:
     return time_ms - time_ms % step_ms
 
 
+def month_ms(time_ms: int) -> int:
+    """The start of the month of UTC that holds `time_ms`."""
+    return to_ms(from_ms(time_ms).replace(day=1, hour=0, minute=0, second=0, microsecond=0))
+
+
 def to_ms(time: datetime) -> int:
     """Milliseconds since the epoch of an aware time, exactly (no float in between)."""
     if time.tzinfo is None:

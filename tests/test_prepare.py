@@ -15,12 +15,20 @@ import yaml
 from sqlalchemy.engine import make_url
 
 from perpcast.config import load_settings
-from perpcast.database import Database, read_candles, read_processed, read_processed_spans, upsert_candles
+from perpcast.database import (
+    Database,
+    read_candles,
+    read_processed,
+    read_processed_months,
+    read_processed_spans,
+    upsert_candles,
+)
 from perpcast.errors import DataError, MissingInputError
 from perpcast.exit_policy import ExitPolicy, Labels, label_trades
 from perpcast.features.indicators import COLUMNS, compute_indicators
 from perpcast.market import SIDES, CandleSeries
 from perpcast.prepare import label_candles, prepare, process_candles
+from perpcast.timeframe import format_time
 from tests.recorded import needs_recorded, recorded_candles
 from tests.test_features_indicators import flatten, market, troubled_market
 
@@ -117,14 +125,14 @@ def test_table_holds_indicators_as_real_and_labels_exactly(database: Database) -
         labels = label_candles(candles, "15", side, POLICIES[side])
         assert_same_labels(stored.labels[side], labels)
         known = np.isfinite(labels.expected_return)
-        counts = prepared.sides[side]
+        counts = prepared.quality.sides[side]
         assert counts.labels == known.sum() == sum(counts.exits)
         assert counts.exits[0] == 0
         assert counts.profits == (labels.expected_return[known] > 0).sum()
         assert counts.return_sum == pytest.approx(labels.expected_return[known].sum())
         assert counts.ambiguous == labels.ambiguous.sum()
-    assert prepared.bars == len(candles)
-    assert prepared.complete == np.isfinite(stored.indicators).all(axis=1).sum()
+    assert prepared.quality.bars == len(candles)
+    assert prepared.quality.complete == np.isfinite(stored.indicators).all(axis=1).sum()
 
 
 def test_second_run_writes_nothing_and_changes_are_noticed(database: Database) -> None:
@@ -134,7 +142,7 @@ def test_second_run_writes_nothing_and_changes_are_noticed(database: Database) -
     upsert_candles(database, "ETHUSDT", series(market(650, seed=2)))
 
     def run(policies: dict) -> dict[str, bool]:
-        return {each.symbol: each.written for each in prepare(database, symbols, "15", policies)}
+        return {each.symbol: each.bars_written > 0 for each in prepare(database, symbols, "15", policies)}
 
     assert run(POLICIES) == {"BTCUSDT": True, "ETHUSDT": True}
     assert run(POLICIES) == {"BTCUSDT": False, "ETHUSDT": False}
@@ -159,6 +167,70 @@ def test_grown_table_equals_one_made_at_once(database: Database) -> None:
     at_once = process_candles(read_candles(database, "BTCUSDT"), "15", POLICIES)
     assert grown["BTCUSDT"][1] == at_once.indicators.tobytes()
     assert grown["BTCUSDT"][2] == at_once.labels["buy"].expected_return.tobytes()
+
+
+def check_against_a_run_from_scratch(database: Database) -> None:
+    """The rows and the ledger are those that a run on empty tables makes."""
+    found = table(database), read_processed_months(database)
+    with database.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE processed_market_data, processed_months")
+    prepare(database, ["BTCUSDT"], "15", POLICIES)
+    assert (table(database), read_processed_months(database)) == found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_table_after_any_history_of_changes_is_that_of_a_run_from_scratch(database: Database, seed: int) -> None:
+    """Candles are appended, inserted into holes, revised, put before the first, made flat; rows are lost."""
+    random = np.random.default_rng(seed)
+    whole = series(market(9_000, seed=seed))  # three months
+    upsert_candles(database, "BTCUSDT", whole[2_000:5_000])
+    prepare(database, ["BTCUSDT"], "15", POLICIES)
+    for _ in range(6):
+        first = int(random.integers(0, 8_500))
+        part = whole[first : first + int(random.integers(1, 400))]
+        kind = random.choice(["append", "revise", "flat", "lose"])
+        if kind == "revise":
+            part = replace(part, volume=part.volume * 2)
+        elif kind == "flat":
+            price = part.open[:1].repeat(len(part))
+            part = CandleSeries(part.open_time_ms, price, price, price, price, price * 0, price * 0)
+        elif kind == "lose":
+            with database.begin() as connection:
+                connection.exec_driver_sql(
+                    "DELETE FROM processed_market_data WHERE extract(minute FROM open_time) = 45"
+                )
+        upsert_candles(database, "BTCUSDT", part)
+        prepare(database, ["BTCUSDT"], "15", POLICIES)
+    check_against_a_run_from_scratch(database)
+
+
+def test_only_months_that_new_candles_touch_are_written(database: Database) -> None:
+    candles = series(market(9_000))  # from 2024-01-01 on: 2976, 2784 and 2976 bars a month, then April
+    upsert_candles(database, "BTCUSDT", candles[:8_000])
+
+    def written() -> tuple[str, int]:
+        (symbol,) = prepare(database, ["BTCUSDT"], "15", POLICIES)
+        start_ms = symbol.written_from_ms
+        return "nothing" if start_ms is None else format_time(start_ms)[:10], symbol.bars_written
+
+    assert written() == ("2023-12-01", 8_000)
+    assert written() == ("nothing", 0)
+    upsert_candles(database, "BTCUSDT", candles[8_000:8_001])
+    # March has changed; the labels of February's last bars look into it.
+    assert written() == ("2024-02-01", 8_001 - 2_976)
+    revised = candles[4_000:4_001]
+    upsert_candles(database, "BTCUSDT", replace(revised, volume=revised.volume + 1))
+    assert written() == ("2024-01-01", 8_001)
+    check_against_a_run_from_scratch(database)
+
+
+def test_another_version_of_the_indicators_is_noticed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    upsert_candles(database, "BTCUSDT", series(market(700)))
+    prepare(database, ["BTCUSDT"], "15", POLICIES)
+    assert prepare(database, ["BTCUSDT"], "15", POLICIES)[0].bars_written == 0
+    monkeypatch.setattr("perpcast.prepare.LABEL_VERSION", "exit_policy/2")
+    assert prepare(database, ["BTCUSDT"], "15", POLICIES)[0].bars_written == 700
+    assert prepare(database, ["BTCUSDT"], "15", POLICIES, max_gap_bars=1)[0].bars_written == 700
 
 
 def test_progress_ends_with_all_bars(database: Database) -> None:
@@ -234,7 +306,7 @@ def test_killed_run_and_its_repetition_give_the_table_of_an_undisturbed_one(data
     with database.begin() as connection:
         connection.exec_driver_sql("TRUNCATE processed_market_data")
     undisturbed = prepare(database, RECORDED, "15", POLICIES)
-    assert all(each.written for each in undisturbed)
+    assert all(each.bars_written for each in undisturbed)
     assert table(database) == after_kill
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # The floors of the design, lowest first. A room imports rooms on lower floors and itself, never a neighbour.
 FLOORS = [
     ["config", "errors", "kill_point", "timeframe", "market", "task"],
-    ["features", "exit_policy", "decision", "sizing", "backtest"],
+    ["features", "exit_policy", "decision", "sizing", "backtest", "quality"],
     ["evaluation", "models", "bundle", "simulator", "database", "exchange"],
     ["live", "training", "download", "prepare", "universe"],
     ["command_line"],
@@ -23,6 +23,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 NEIGHBOURS = {
     ("config", "errors"): "the ground's own error tree",
     ("config", "timeframe"): "the ground's own interval names",
+    ("quality", "exit_policy"): "what is counted are outcomes of the policy",
     ("decision", "exit_policy"): "a decision is about trades under the policy",
 }
 

@@ -7,9 +7,11 @@
 from perpcast.database.address import DatabaseAddress, create_database
 from perpcast.database.candles import (
     CandleGap,
+    CandleMonth,
     CandleSpan,
     StoredCandles,
     read_candle_gaps,
+    read_candle_months,
     read_candle_revisions,
     read_candle_spans,
     read_candles,
@@ -45,7 +47,14 @@ from perpcast.database.models import (
     update_model_state,
     upsert_model,
 )
-from perpcast.database.processed import ProcessedSeries, read_processed, read_processed_spans, replace_processed
+from perpcast.database.processed import (
+    ProcessedMonth,
+    ProcessedSeries,
+    read_processed,
+    read_processed_months,
+    read_processed_spans,
+    replace_processed,
+)
 from perpcast.database.server import (
     EmbeddedServer,
     embedded_server,
@@ -58,6 +67,7 @@ from perpcast.database.server import (
 
 __all__ = [
     "CandleGap",
+    "CandleMonth",
     "CandleSpan",
     "Database",
     "DatabaseAddress",
@@ -66,6 +76,7 @@ __all__ = [
     "EventRecord",
     "ModelRecord",
     "PositionRecord",
+    "ProcessedMonth",
     "ProcessedSeries",
     "SignalRecord",
     "StoredCandles",
@@ -81,6 +92,7 @@ __all__ = [
     "open_engine",
     "plain_errors",
     "read_candle_gaps",
+    "read_candle_months",
     "read_candle_revisions",
     "read_candle_spans",
     "read_candles",
@@ -94,6 +106,7 @@ __all__ = [
     "read_positions",
     "read_predictions",
     "read_processed",
+    "read_processed_months",
     "read_processed_spans",
     "read_row_counts",
     "read_signals",

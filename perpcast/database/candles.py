@@ -135,6 +135,29 @@ def read_spans(engine: Engine, table: Table) -> dict[str, CandleSpan]:
     return {symbol: CandleSpan(to_ms(first), to_ms(last), count) for symbol, first, last, count in rows}
 
 
+@dataclass(frozen=True, slots=True)
+class CandleMonth:
+    """The candles of one symbol that open in one month of UTC: how many, and a digest that any change would change."""
+
+    month_ms: int
+    candles: int
+    digest: int
+
+
+def read_candle_months(engine: Engine) -> dict[str, list[CandleMonth]]:
+    """What is stored, by symbol and month, oldest first."""
+    query = text(
+        "SELECT symbol, date_trunc('month', open_time) AS month, count(*), "
+        "bit_xor(hash_record_extended(ROW(open_time, open, high, low, close, volume), 0)) "
+        "FROM raw_market_data GROUP BY 1, 2 ORDER BY 1, 2"
+    )
+    months: dict[str, list[CandleMonth]] = {}
+    with engine.connect() as connection:
+        for symbol, month, count, digest in connection.execute(query):
+            months.setdefault(symbol, []).append(CandleMonth(to_ms(month), count, digest))
+    return months
+
+
 def read_missing_ranges(engine: Engine, symbol: str, start_ms: int, end_ms: int, step_ms: int) -> list[tuple[int, int]]:
     """Stretches [first, end) of milliseconds without a bar in [`start_ms`, `end_ms`), holes and both ends alike.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 
-from perpcast.database.schema import candle_revisions, metadata, schema_migrations
+from perpcast.database.schema import candle_revisions, metadata, processed_months, schema_migrations
 from perpcast.errors import DatabaseUnavailableError
 
 _LOCK = 0x70657270  # "perp": one migrating or resetting command at a time
@@ -32,6 +32,7 @@ def _add_revisions(connection: Connection) -> None:
 MIGRATIONS: tuple[Migration, ...] = (
     Migration("tables of the first release", metadata.create_all),
     Migration("revisions of candles, and when a contract ends", _add_revisions),
+    Migration("what processed rows were made of", processed_months.create),
 )
 
 

@@ -1,18 +1,20 @@
 """Indicators and labels by symbol: `processed_market_data`, written by `prepare_dataset.py`, read to build datasets."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import Any
 
 import numpy as np
-from sqlalchemy import Engine, delete, text
+from sqlalchemy import Connection, Engine, delete, select, text
 
 from perpcast.database.binary_copy import Block, copy_in, copy_out
-from perpcast.database.candles import CandleSpan, read_spans
-from perpcast.database.schema import DOUBLE_INDICATORS, INDICATORS, processed_market_data
+from perpcast.database.candles import CandleMonth, CandleSpan, read_spans
+from perpcast.database.engine import transact
+from perpcast.database.schema import DOUBLE_INDICATORS, INDICATORS, processed_market_data, processed_months
 from perpcast.exit_policy import Labels
 from perpcast.market import SIDES, Side
-from perpcast.timeframe import from_ms
+from perpcast.timeframe import from_ms, to_ms
 
 
 def _runs() -> list[tuple[slice, Block]]:
@@ -57,12 +59,38 @@ class ProcessedSeries:
     def __len__(self) -> int:
         return len(self.open_time_ms)
 
+    def __getitem__(self, rows: slice) -> "ProcessedSeries":
+        labels = {
+            side: Labels(*(getattr(of_side, field.name)[rows] for field in fields(Labels)))
+            for side, of_side in self.labels.items()
+        }
+        return ProcessedSeries(self.open_time_ms[rows], self.indicators[rows], labels)
 
-def replace_processed(engine: Engine, symbol: str, processed: ProcessedSeries, start_ms: int | None = None) -> None:
+
+@dataclass(frozen=True, slots=True)
+class ProcessedMonth:
+    """What the rows of one symbol and month were made of, and what they hold.
+
+    `candles` are those of the month; `version` names everything else that the rows depend on. `quality` is JSON.
+    """
+
+    candles: CandleMonth
+    version: str
+    quality: Mapping[str, Any]
+
+
+def replace_processed(
+    engine: Engine,
+    symbol: str,
+    processed: ProcessedSeries,
+    months: Sequence[ProcessedMonth] = (),
+    start_ms: int | None = None,
+) -> None:
     """Makes `processed` all that is stored of one symbol from `start_ms` on (None: all), in one transaction.
 
-    Deleting the range and copying anew is the fastest way to recompute one (231,867 against 85,506 rows/s of an upsert,
-    spec/ecosystem.md 3), and leaves no row of an earlier run behind.
+    And `months` all that is known of what it was made of. Deleting the range and copying anew is the fastest way to
+    recompute one (231,867 against 85,506 rows/s of an upsert, spec/ecosystem.md 3), and leaves no row of an earlier run
+    behind.
     """
     assert processed.indicators.shape == (len(processed), len(INDICATORS)), "one row per bar, one column per indicator"
     unknown = np.isnan(processed.indicators)
@@ -74,18 +102,45 @@ def replace_processed(engine: Engine, symbol: str, processed: ProcessedSeries, s
         codes = np.column_stack([labels.exit_reason, labels.bars_held, labels.targets_filled])
         arrays += [labels.expected_return, codes, labels.ambiguous]
         nulls += [unlabelled] * 3
-    table = processed_market_data
-    old = delete(table).where(table.c.symbol == symbol)
-    if start_ms is not None:
-        assert not len(processed) or processed.open_time_ms[0] >= start_ms, "rows before the range that is replaced"
-        old = old.where(table.c.open_time >= from_ms(start_ms))
-    with engine.begin() as connection:
+    rows = [
+        {
+            "symbol": symbol,
+            "month": from_ms(month.candles.month_ms),
+            "version": month.version,
+            "candles": month.candles.candles,
+            "digest": month.candles.digest,
+            "quality": dict(month.quality),
+        }
+        for month in months
+    ]
+    assert start_ms is None or not len(processed) or processed.open_time_ms[0] >= start_ms, "rows before the range"
+    since = from_ms(0 if start_ms is None else start_ms)
+    table, ledger = processed_market_data, processed_months
+
+    def replace(connection: Connection) -> None:
         # Two processes on one symbol take turns instead of failing on each other's rows.
         connection.execute(
             text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"), {"key": f"processed {symbol}"}
         )
-        connection.execute(old)
+        connection.execute(delete(table).where(table.c.symbol == symbol, table.c.open_time >= since))
+        connection.execute(delete(ledger).where(ledger.c.symbol == symbol, ledger.c.month >= since))
         copy_in(connection, table.name, [("symbol", symbol)], _BLOCKS, arrays, nulls)
+        if rows:
+            connection.execute(ledger.insert(), rows)
+
+    transact(engine, replace)
+
+
+def read_processed_months(engine: Engine) -> dict[str, list[ProcessedMonth]]:
+    """What the stored rows were made of, by symbol, oldest month first."""
+    ledger = processed_months.c
+    query = select(processed_months).order_by(ledger.symbol, ledger.month)
+    months: dict[str, list[ProcessedMonth]] = {}
+    with engine.connect() as connection:
+        for row in connection.execute(query):
+            candles = CandleMonth(to_ms(row.month), row.candles, row.digest)
+            months.setdefault(row.symbol, []).append(ProcessedMonth(candles, row.version, row.quality))
+    return months
 
 
 def read_processed(

@@ -149,6 +149,20 @@ processed_market_data = Table(
     PrimaryKeyConstraint("symbol", "open_time"),
 )
 
+# What the rows of `processed_market_data` were made of, month by month: whether they still are what they would be made
+# again, and what they hold.
+processed_months = Table(
+    "processed_months",
+    metadata,
+    Column("symbol", Text, nullable=False),
+    Column("month", TIME, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("candles", Integer, nullable=False),
+    Column("digest", BigInteger, nullable=False),
+    Column("quality", JSONB, nullable=False),
+    PrimaryKeyConstraint("symbol", "month"),
+)
+
 training_sequences = Table(
     "training_sequences",
     metadata,

@@ -39,7 +39,7 @@ def training_curve(history: Mapping[str, Sequence[float]]) -> Figure:
 
     `history` holds `loss` and `val_loss`, one value an epoch.
     """
-    figure, axes = _figure("Training: loss by epoch", "The weights kept are those of the lowest V1 loss")
+    figure, axes = new_figure("Training: loss by epoch", "The weights kept are those of the lowest V1 loss")
     epochs = np.arange(1, len(history["loss"]) + 1)
     axes.plot(epochs, history["loss"], color=MUTED, marker="o", markersize=4, label="training windows")
     kept = int(np.nanargmin(history["val_loss"]))
@@ -61,7 +61,7 @@ def predicted_against_realised(evaluation: Evaluation) -> Figure:
 
     Deciles and not single trades: half of all labels are the same stop, and a cloud of points shows only that.
     """
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Expected against realised return, by decile", "Test span; on the dashed line expectation and outcome agree"
     )
     spans = []
@@ -76,7 +76,7 @@ def predicted_against_realised(evaluation: Evaluation) -> Figure:
     low, high = min(spans), max(spans)
     axes.plot([low, high], [low, high], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")
     axes.axhline(0, color=INK, linewidth=0.8)
-    _percent(axes, "xy")
+    percent_axes(axes, "xy")
     axes.set_xlabel("mean predicted net return")
     axes.set_ylabel("mean realised net return")
     axes.legend(frameon=False)
@@ -110,7 +110,7 @@ def score_intervals(evaluation: Evaluation) -> Figure:
         axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.margins(x=0.12)
         if metric == "trade_return":
-            _percent(axes, "x")
+            percent_axes(axes, "x")
     return figure
 
 
@@ -134,7 +134,7 @@ def equity_of_decisions(evaluation: Evaluation) -> Figure:
     earned = np.cumsum(trades.earned)
     for axes in (curve, fall):
         _bare(axes)
-        _percent(axes, "y")
+        percent_axes(axes, "y")
     for code, side in enumerate(SIDES):
         part = np.cumsum(np.where(trades.side == code, trades.earned, 0))
         curve.plot(times, part, color=SIDE_COLOURS[side], linewidth=1, alpha=0.6, label=f"{side} only", linestyle=":")
@@ -146,13 +146,13 @@ def equity_of_decisions(evaluation: Evaluation) -> Figure:
     fall.fill_between(times, below, 0, color=RED, alpha=0.3, linewidth=0, step="post")
     fall.plot(times, below, color=RED, linewidth=0.9, drawstyle="steps-post")
     fall.set_ylabel("drawdown")
-    _dates(fall)
+    date_axis(fall)
     return figure
 
 
 def threshold_curve(choice: ThresholdChoice) -> Figure:
     """Mean return and number of trades by threshold on V2, where it was chosen; the chosen point is marked."""
-    figure, axes = _figure("The decision threshold, chosen on V2", "Frozen before the test span was looked at")
+    figure, axes = new_figure("The decision threshold, chosen on V2", "Frozen before the test span was looked at")
     points = [point for point in choice.curve if point.trades]
     places = [point.threshold for point in points]
     counts = axes.twinx()
@@ -171,7 +171,7 @@ def threshold_curve(choice: ThresholdChoice) -> Figure:
             zorder=5, label=f"chosen: {choice.threshold:.2%}, {choice.chosen.trades:,} trades",
         )  # fmt: skip
         axes.legend(frameon=False)
-    _percent(axes, "xy")
+    percent_axes(axes, "xy")
     axes.set_xlabel("predicted net return must exceed")
     axes.set_ylabel("mean net return per trade", color=BLUE)
     return figure
@@ -179,7 +179,9 @@ def threshold_curve(choice: ThresholdChoice) -> Figure:
 
 def rank_ic_days(evaluation: Evaluation) -> Figure:
     """Rank IC of each day, with its 7-day mean: is it there all along, or was it one lucky week?"""
-    figure, axes = _figure("Rank IC of each day", "Spearman correlation across symbols; above zero the order was right")
+    figure, axes = new_figure(
+        "Rank IC of each day", "Spearman correlation across symbols; above zero the order was right"
+    )
     mean: dict[str, np.ndarray] = {side: evaluation.predicted[f"{side}_mean"] for side in SIDES}
     daily = daily_rank_ic(evaluation.windows, mean)
     times = _times(daily.index.to_numpy() * DAY_MS)
@@ -188,7 +190,7 @@ def rank_ic_days(evaluation: Evaluation) -> Figure:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_ylabel("rank IC")
     axes.legend(frameon=False)
-    _dates(axes)
+    date_axis(axes)
     return figure
 
 
@@ -224,7 +226,7 @@ def symbol_heat_map(evaluation: Evaluation) -> Figure:
 
 def paper_equity(open_time_ms: np.ndarray, equity: np.ndarray, initial: float) -> Figure:
     """Equity of the paper session at every closed bar, in USDT, against what it started with."""
-    figure, axes = _figure("Paper session: equity", "USDT at every closed bar, open positions included")
+    figure, axes = new_figure("Paper session: equity", "USDT at every closed bar, open positions included")
     times = _times(open_time_ms)
     axes.axhline(initial, color=MUTED, linewidth=1, linestyle="--", label="start")
     axes.plot(times, equity, color=INK, linewidth=1.8, label="equity")
@@ -232,11 +234,12 @@ def paper_equity(open_time_ms: np.ndarray, equity: np.ndarray, initial: float) -
     axes.fill_between(times, equity, initial, where=equity < initial, color=RED, alpha=0.22, linewidth=0)
     axes.yaxis.set_major_formatter("{x:,.0f}" if np.ptp(equity) > 20 else "{x:,.1f}")
     axes.legend(frameon=False)
-    _dates(axes)
+    date_axis(axes)
     return figure
 
 
-def _figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
+    """A figure of the house's size and look, with one axes."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     _titles(figure, title, subtitle)
     axes = figure.subplots()
@@ -259,14 +262,16 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _percent(axes: Axes, which: str) -> None:
+def percent_axes(axes: Axes, which: str) -> None:
+    """Fractions written as percent, on the axes named in `which` (x, y, xy)."""
     if "x" in which:
         axes.xaxis.set_major_formatter(PercentFormatter(1))
     if "y" in which:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _dates(axes: Axes) -> None:
+def date_axis(axes: Axes) -> None:
+    """Few, concise dates along x."""
     locator = AutoDateLocator(minticks=3, maxticks=8)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))

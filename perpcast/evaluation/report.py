@@ -5,7 +5,7 @@ Everything on the page is handed in; the page measures nothing and knows no cloc
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from perpcast.evaluation import plots
@@ -77,21 +78,34 @@ def write_report(report: RunReport, folder: Path) -> Path:
     """Writes `index.html`, the pictures and `report.json` into `folder`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {name: plots.save_figure(figure, folder / f"{name}.png") for name, figure in _figures(report).items()}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(time=format_time, score=_score_text, interval=_interval_text)
-    template = environment.from_string(files("perpcast.evaluation").joinpath("report.html").read_text("utf-8"))
-    page = template.render(
+    page = render_page(
+        "report.html",
+        {"time": format_time, "score": _score_text, "interval": _interval_text},
         report=report,
         evaluation=report.evaluation,
         cards=report.evaluation.cards,
         metrics=METRICS,
         expected=EXPECTED,
         tiles=_tiles(report),
-        pictures={name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()},
+        pictures=embedded(pictures),
     )
-    _write_aside(folder / "report.json", json.dumps(_json(report), indent=2, allow_nan=False))
-    _write_aside(folder / "index.html", page)
+    write_aside(folder / "report.json", json.dumps(_json(report), indent=2, allow_nan=False))
+    write_aside(folder / "index.html", page)
     return folder / "index.html"
+
+
+def render_page(template: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
+    """A page of this room from its template; the style that all of them share stands in it."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(filters)
+    room = files("perpcast.evaluation")
+    style = Markup(room.joinpath("page.css").read_text("utf-8"))
+    return environment.from_string(room.joinpath(template).read_text("utf-8")).render(style=style, **values)
+
+
+def embedded(pictures: Mapping[str, Path]) -> dict[str, str]:
+    """The pictures as base64, so that a page is one file."""
+    return {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
 
 
 def _figures(report: RunReport) -> dict[str, Figure]:
@@ -198,7 +212,8 @@ def _json(report: RunReport) -> dict[str, Any]:
     }
 
 
-def _write_aside(path: Path, text: str) -> None:
+def write_aside(path: Path, text: str) -> None:
+    """Writes a text file; a reader never sees half of it."""
     aside = path.with_suffix(".part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
