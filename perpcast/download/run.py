@@ -52,6 +52,9 @@ VERIFIED_PAGES = 200
 # Refused or spoiled pages of one symbol after which its others are not asked for any more.
 MOST_FAILURES = 3
 
+# An answer of a clock that went back is asked for again so often: a single one of many servers may be wrong.
+CLOCK_TRIES = 3
+
 # A clock that is off by more is not believed, ours or theirs: every "closed" and "newest" would be wrong.
 MOST_CLOCK_DIFFERENCE_MS = DAY_MS
 TELLING_CLOCK_DIFFERENCE_MS = 60_000
@@ -137,7 +140,8 @@ async def download(
         run = _Run(client, database, wanted, now_ms, progress)
         await run.choose_symbols()
         await run.fetch_candles("candles", run.unexplained())
-        await run.fetch_candles("holes, asked again", run.holes())  # before they are called an outage
+        while any((holes := run.holes()).values()):  # asked again before they are called an outage, or a late listing
+            await run.fetch_candles("holes, asked again", holes)
         if wanted.verify:
             await run.verify(sample)
         gap_bars = run.record_gaps()
@@ -165,6 +169,8 @@ class _Symbol:
     missing: list[Range] = field(default_factory=list)  # also outside of the span, as far as anything is known
     first_stored_ms: int | None = None
     asked: list[Range] = field(default_factory=list)
+    asked_again: list[Range] = field(default_factory=list)
+    unanswered: list[Range] = field(default_factory=list)
     rejected: dict[int, RejectedRow] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)  # what the exchange refused or spoiled, in its own words
 
@@ -298,12 +304,19 @@ class _Run:
         return {symbol: state.unexplained(self._step_ms) for symbol, state in self._symbols.items()}
 
     def holes(self) -> dict[str, list[Range]]:
-        """What is still unexplained between stored bars."""
+        """What is still unexplained between stored bars, and a page of it before the first: each to be asked once more.
+
+        A bar that comes to light before the first moves that page back.
+        """
         holes = {}
         for symbol, ranges in self.unexplained().items():
             state = self._symbols[symbol]
-            first_ms = state.span[1] if state.first_stored_ms is None else state.first_stored_ms
-            holes[symbol] = [hole for hole in ranges if first_ms < hole[0] and hole[1] != state.newest_ms]
+            if state.first_stored_ms is None:
+                continue
+            since = (state.first_stored_ms - PAGE_BARS * self._step_ms, state.newest_ms or state.span[1])
+            late = [part for part in ranges if part[1] == state.newest_ms]
+            holes[symbol] = subtract(subtract(intersect(ranges, [since]), late), join(state.asked_again))
+            state.asked_again += holes[symbol]
         return holes
 
     # --- candles -----------------------------------------------------------------------------------------------------
@@ -343,13 +356,23 @@ class _Run:
         if len(state.failures) >= MOST_FAILURES:
             return None
         try:
-            answer = await self._client.fetch_candles(symbol, self._wanted.interval, *page)
+            answer = await self._ask_in_time(symbol, page)
         except (DataError, RefusedError) as error:
             _note_failure(state, error)
+            state.unanswered.append(page)
             return None
         state.rejected.update({row.open_time_ms: row for row in answer.rejected})
         self._progress.advance(symbol, (page[1] - page[0]) // self._step_ms)
         return answer
+
+    async def _ask_in_time(self, symbol: str, page: Range) -> CandlePage:
+        """An answer from after the page's end: by an older clock its newest bars would be hidden as not yet closed."""
+        for _ in range(CLOCK_TRIES):
+            answer = await self._client.fetch_candles(symbol, self._wanted.interval, *page)
+            if answer.server_time_ms >= page[1]:
+                return answer
+        time = format_time(answer.server_time_ms)
+        raise DataError(f"candles of {symbol}: the exchange's clock says {time} UTC, before the bars it was asked for")
 
     async def _store(self, symbol: str, candles: CandleSeries) -> None:
         stored = await asyncio.to_thread(upsert_candles, self._database, symbol, candles)
@@ -399,7 +422,7 @@ class _Run:
             evidence = Evidence(
                 missing=state.missing,
                 first_stored_ms=state.first_stored_ms,
-                asked=join(state.asked),
+                asked=subtract(join(state.asked), join(state.unanswered)),
                 rejected=_stretches_of(state.rejected.values(), self._step_ms),
                 flat_runs=[(first_ms, last_ms + self._step_ms) for first_ms, last_ms in flat_runs.get(symbol, [])],
                 newest_ms=state.newest_ms,

@@ -29,6 +29,8 @@ from perpcast.exchange.wire import (
     parse_listings,
     parse_server_time_ms,
     parse_tickers,
+    parse_time_ms,
+    read_json,
 )
 from perpcast.market import CandleSeries, FundingRate, Instrument, Listing, Ticker
 from perpcast.timeframe import format_time, interval_ms
@@ -50,6 +52,10 @@ _TELLING_PAUSE_SECONDS = 4.0  # a longer one is worth a notice
 
 BAN_SECONDS = 600.0  # Bybit lifts the ban of an IP after ten minutes of silence
 RECV_WINDOW_MS = 5000
+
+_LARGEST_STEP_BACK_MS = 60_000  # of the exchange's clock, from one host of it to another
+
+_MOST_PAGES = 100  # of 1000 contracts: a hundred times what is listed
 
 # Ten times the longest answer there is: whatever sends more is no exchange.
 _LARGEST_BODY = 16 << 20
@@ -111,12 +117,13 @@ class BybitClient:
         self._probing: asyncio.Lock | None = None  # set from a ban on until something is answered again
         self._end: RefusedError | None = None
         self._clock_offset_ms: float | None = None  # the exchange's clock minus the event loop's
+        self._latest_ms = 0  # of the exchange's clock, by its last answer
         self.requests = 0  # sent, each try counted
         self.retries = 0
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(limit=self._connections)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout, middlewares=(_once,))
         return self
 
     async def __aexit__(
@@ -208,18 +215,17 @@ class BybitClient:
         """Every page of `instruments-info`."""
         found: dict[str, Value] = {}
         query: dict[str, str | int] = {"category": "linear", "status": status, "limit": 1000}
-        cursors: set[str] = set()
-        while True:
+        for _ in range(_MOST_PAGES):
             page, cursor = await self._fetch(
                 "/v5/market/instruments-info", query, lambda result, _: parse(result), "instruments"
             )
             found |= page
             if not cursor:
                 return found
-            if cursor in cursors:
-                raise MalformedError(f"instruments: the cursor {cursor!r} came twice, the list would never end")
-            cursors.add(cursor)
+            if cursor == query.get("cursor"):
+                break
             query["cursor"] = cursor
+        raise MalformedError(f"instruments ({self._rest_url}): from one cursor to the next the list would never end")
 
     async def fetch_tickers(self) -> dict[str, Ticker]:
         """The present prices of every contract that has traded, by symbol."""
@@ -244,24 +250,26 @@ class BybitClient:
     ) -> Value:
         """Asks until `parse(result, server_time_ms)` gives a value, or no further try makes sense."""
         what = what or path
-        attempt = 0
+        attempt, compared = 0, False
         while True:
             attempt += 1
             try:
                 return await self._ask(path, query, parse, signed)
+            except _ClockError as error:
+                if compared:
+                    text = f"{what}: {error}, although the clock was compared just before"
+                    raise RefusedError(text, _CLOCK_CODE) from None
+                self.retries += 1
+                self._clock_offset_ms, compared = None, True
             except (TemporaryExchangeError, MalformedError) as error:
                 if attempt >= self._attempts_worth(error):
                     raise self._final(error, what, path, attempt) from None
                 self.retries += 1
-                if isinstance(error, _ClockError):
-                    self._clock_offset_ms = None
                 await self._pause(error, attempt)
             except RefusedError as error:
                 raise RefusedError(f"{what}: {error}", error.code) from None
 
     def _attempts_worth(self, error: PerpcastError) -> int:
-        if isinstance(error, _ClockError):
-            return 2
         if isinstance(error, MalformedError):
             return min(self._attempts, _ATTEMPTS_MALFORMED)
         return self._attempts if self._answered else min(self._attempts, _ATTEMPTS_UNANSWERED)
@@ -282,8 +290,6 @@ class BybitClient:
                 f"exchange unreachable: {self._rest_url} gave no answer {tries} ({error}); "
                 "check the network and exchange.rest_url, then run the same command again"
             )
-        if isinstance(error, _ClockError):
-            return RefusedError(f"{what}: {error}, although the clock was compared just before", _CLOCK_CODE)
         return type(error)(f"{what} ({self._rest_url}{path}): {error}, {tries}; run the same command again to go on")
 
     async def _ask(
@@ -308,32 +314,38 @@ class BybitClient:
                     f"HTTP {answer.status} from {self._rest_url}{path}: is exchange.rest_url a Bybit host?",
                     answer.status,
                 )
-            self._probing, self._told = None, False
+            self._told = False
+            if asyncio.get_running_loop().time() >= self._silent_until:  # else it was on its way before a ban
+                self._probing = None
             result, time_ms = self._open_envelope(answer)
         return parse(result, time_ms)
 
     @asynccontextmanager
     async def _leave_to_ask(self) -> AsyncIterator[None]:
         """Waits until a request may go out; after a ban one goes alone, and the others when it was answered."""
-        loop = asyncio.get_running_loop()
-        while (seconds := self._silent_until - loop.time()) > 0:
-            await asyncio.sleep(seconds)
-        probing = self._probing
-        if probing is not None:
+        await self._wait_for_turn()
+        while (probing := self._probing) is not None and self._end is None:
             async with probing:
-                if self._end is None and self._probing is probing:
-                    await self._rate_limit.take()
+                await self._wait_for_turn()
+                if self._probing is probing and self._end is None:
                     yield
                     return
         if self._end is not None:
             raise self._end
-        await self._rate_limit.take()
         yield
+
+    async def _wait_for_turn(self) -> None:
+        """A place in the rate limit while nothing has to be silent: a silence may begin while one waits for a place."""
+        loop = asyncio.get_running_loop()
+        await self._rate_limit.take()
+        while (seconds := self._silent_until - loop.time()) > 0:
+            await asyncio.sleep(seconds)
+            await self._rate_limit.take()
 
     def _banned(self) -> PerpcastError:
         """What a 403 means here: silence from now on, or the end."""
         now = asyncio.get_running_loop().time()
-        if now < self._silent_until:  # sent before the ban was known
+        if self._probing is not None and now < self._silent_until:  # sent before the ban was known
             return TemporaryExchangeError("HTTP 403")
         if self._probing is not None or not self._answered:
             self._end = RefusedError(
@@ -354,7 +366,7 @@ class BybitClient:
         """Notes how far the exchange's clock is from ours, as of the middle of a question."""
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        server_ms = await self.fetch_server_time_ms()
+        server_ms = await self._ask("/v5/market/time", {}, lambda result, _: parse_server_time_ms(result))
         self._clock_offset_ms = server_ms - (asked + loop.time()) / 2 * 1000
 
     async def _get(self, path: str, query: Mapping[str, str | int], signed: bool) -> _Answer:
@@ -389,20 +401,41 @@ class BybitClient:
     def _open_envelope(self, answer: _Answer) -> tuple[Mapping[str, Any], int]:
         """The result and the server's time in milliseconds of an answer with retCode 0."""
         try:
-            envelope = orjson.loads(answer.body)
+            envelope = read_json(answer.body)
         except orjson.JSONDecodeError:
             raise MalformedError(f"expected JSON, received {answer.body[:60]!r}") from None
         code = member(envelope, "retCode", int)
+        message = envelope.get("retMsg")
+        said = f"retCode {code}: {_line(message) if isinstance(message, str) else 'without a message'}"
         if code == _CLOCK_CODE:
-            raise _ClockError(f"retCode {code}: {envelope.get('retMsg')}")
+            raise _ClockError(said)
         if code in _TEMPORARY_CODES:
             # A quota: nobody asks before it is filled again. Its time may lie in the past, by a clock that is off.
             wait = _seconds_until(answer.headers.get("X-Bapi-Limit-Reset-Timestamp", ""), envelope.get("time"))
             self._silent_until = max(self._silent_until, asyncio.get_running_loop().time() + wait)
-            raise TemporaryExchangeError(f"retCode {code}: {envelope.get('retMsg')}")
+            raise TemporaryExchangeError(said)
         if code != 0:
-            raise RefusedError(f"the exchange refused it with retCode {code}: {envelope.get('retMsg')}", code)
-        return member(envelope, "result", dict), member(envelope, "time", int)
+            raise RefusedError(f"the exchange refused it with {said}", code)
+        result, time_ms = member(envelope, "result", dict), parse_time_ms(envelope)
+        self._check_time(time_ms)
+        return result, time_ms
+
+    def _check_time(self, time_ms: int) -> None:
+        """An answer out of the past is asked for again: by its time, candles that are closed would count as open.
+
+        Once, since it may have been the one before that was wrong.
+        """
+        before, self._latest_ms = self._latest_ms, time_ms
+        if time_ms < before - _LARGEST_STEP_BACK_MS:
+            raise MalformedError(f"the exchange's clock went back from {format_time(before)} to {format_time(time_ms)}")
+
+
+async def _once(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Keeps aiohttp from sending a GET again by itself when a connection breaks: past our pace, and uncounted."""
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectionError as error:
+        raise _NoAnswerError(_line(error)) from None
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
@@ -428,5 +461,7 @@ def _seconds_until(reset_ms: str, server_time_ms: Any) -> float:
     return min(max(int(reset_ms[:20]) - server_time_ms, 0) / 1000, 60.0)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _line(said: BaseException | str) -> str:
+    """What a person reads of it, in one line."""
+    line = " ".join(str(said)[:1000].split())[:200]
+    return "".join(sign if sign.isprintable() else "?" for sign in line) or type(said).__name__
