@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import download
 from perpcast.config import load_settings
-from perpcast.exit_policy import ExitPolicy, label_trades
+from perpcast.exit_policy import ExitPolicy, label_sides
 from perpcast.features.indicators import compute_indicators
 from perpcast.market import SIDES, CandleSeries
 from perpcast.simulator.synthetic import SyntheticMarket
@@ -52,7 +52,7 @@ def labels(candles: CandleSeries) -> tuple[float, float]:
 
     prices = (candles.open, candles.high, candles.low, candles.close)
     policies = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
-    ours = BARS / seconds(lambda: [label_trades(*prices, side, policies[side]) for side in SIDES])
+    ours = BARS / seconds(lambda: label_sides(*prices, policies))
     bars, plain = list(zip(*(column.tolist() for column in prices), strict=True)), 1000
 
     def by_reference() -> None:

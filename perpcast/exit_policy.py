@@ -2,23 +2,27 @@
 
 A trade enters at the open of the bar after its signal bar, rests partial targets and a take profit, and moves its stop
 as targets fill; what is left after `horizon` bars closes at the next open. Inside a bar the price is taken to go open,
-extreme against the position, extreme in its favour, close. One compiled walk of one bar carries the rule: labels run it
-over every bar of history, `OpenTrade` runs it bar by bar.
+extreme against the position, extreme in its favour, close. One compiled walk carries the rule: labels run it from every
+bar of history, `OpenTrade` over one bar after the other.
 
 All distances and returns are fractions of the entry price; float64 without fast-math, so that equal inputs give equal
 results everywhere.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numba import njit
 
-from perpcast.market import Side
+from perpcast.market import SIDES, Side
+
+# What a label is made by: raised by whoever changes what the rule gives.
+LABEL_VERSION = "exit_policy/1"
 
 # Index = the code in arrays and tables. A stop is `stop` before any target, `breakeven` after one, `lock` after more.
 EXIT_REASONS = ("none", "stop", "breakeven", "lock", "take_profit", "timeout")
@@ -113,7 +117,10 @@ class ExitPolicy:
 
 @dataclass(frozen=True)
 class Labels:
-    """Outcome of a trade signalled at every bar [n]; no label is NaN in `expected_return` and 0 in the others."""
+    """Outcome of a trade signalled at every bar [n]; no label is NaN in `expected_return` and 0 in the others.
+
+    `ambiguous` is empty where it was left out.
+    """
 
     expected_return: np.ndarray  # float64, net of fees and slippage, unlevered, before funding
     exit_reason: np.ndarray  # int8, index into EXIT_REASONS
@@ -132,40 +139,33 @@ class Fill:
     why: str
 
 
-class _Rule(NamedTuple):
-    """A policy as the compiled walk takes it. Levels are the targets, then the take profit for what they leave."""
-
-    sign: float
-    distances: np.ndarray  # [levels]
-    fractions: np.ndarray  # [levels] of the entry size
-    left: np.ndarray  # [levels] fraction still open after so many filled levels
-    stops: np.ndarray  # [levels] distance of the stop after so many filled levels, negative against the position
-    horizon: int
-    taker_fee: float
-    maker_fee: float
-    slippage: float
-
-
-class _Bars(NamedTuple):
-    open: np.ndarray
-    high: np.ndarray
-    low: np.ndarray
-    close: np.ndarray
-
-
 def label_trades(
     open: np.ndarray, high: np.ndarray, low: np.ndarray, close: np.ndarray, side: Side, policy: ExitPolicy
 ) -> Labels:
-    """The rule's outcome for a trade signalled at every bar of one symbol's consecutive bars.
+    """The labels of one side; see `label_sides`."""
+    return label_sides(open, high, low, close, {side: policy})[side]
 
-    Arrays are one-dimensional and of one length; a NaN in any of the four marks a missing bar. A bar has no label where
-    bar `horizon + 1` after it does not exist yet or any bar up to it is missing, also if the trade would have ended
-    before: keeping only the early ends would bias the last days.
+
+def label_sides(
+    open: np.ndarray,
+    high: np.ndarray,
+    low: np.ndarray,
+    close: np.ndarray,
+    policies: Mapping[Side, ExitPolicy],
+    *,
+    ambiguous: bool = True,
+) -> dict[Side, Labels]:
+    """The rule's outcome for a trade of each side signalled at every bar of one symbol's consecutive bars.
+
+    Prices are four arrays [n]; a bar is missing where any of its four is NaN, infinite or not positive. A bar has no
+    label where bar `horizon + 1` after it does not exist yet or any bar up to it is missing, also if the trade would
+    have ended before: keeping only the early ends would bias the last days. `ambiguous` takes a tenth of the time.
     """
-    bars = _Bars(*(np.ascontiguousarray(column, np.float64) for column in (open, high, low, close)))
-    if any(column.ndim != 1 or len(column) != len(bars.open) for column in bars):
-        raise ValueError(f"expected four one-dimensional arrays of one length, received {[c.shape for c in bars]}")
-    return Labels(*_label_bars(bars, _rule(side, policy)))
+    prices = [np.ascontiguousarray(column, np.float64) for column in (open, high, low, close)]
+    if any(column.ndim != 1 or len(column) != len(prices[0]) for column in prices):
+        raise ValueError(f"expected four one-dimensional arrays of one length, received {[c.shape for c in prices]}")
+    columns = _label_bars(*prices, *_rules(policies), ambiguous)
+    return {side: Labels(*(column[number] for column in columns)) for number, side in enumerate(policies)}
 
 
 class OpenTrade:
@@ -176,10 +176,10 @@ class OpenTrade:
 
     def __init__(self, side: Side, policy: ExitPolicy, entry_open: float) -> None:
         self.side, self.policy = side, policy
-        self._rule = _rule(side, policy)
-        self.entry_price = entry_open * (1 + self._rule.sign * policy.slippage)
-        self._levels = self.entry_price * (1 + self._rule.sign * self._rule.distances)
-        self._stops = self.entry_price * (1 + self._rule.sign * self._rule.stops)
+        rules, steps = _rules({side: policy})
+        self._rule, self._plan = rules[0], np.empty_like(steps[0])
+        self.entry_price = entry_open * (1 + float(self._rule["sign"]) * policy.slippage)
+        _set_plan(self._plan, steps, 0, self.entry_price)
         self.bars_held = 0
         self.targets_filled = 0
         self.expected_return = -policy.taker_fee
@@ -198,27 +198,26 @@ class OpenTrade:
     @property
     def stop_level(self) -> float:
         """Where the stop stands now, or stood at the end."""
-        return float(self._stops[min(self.targets_filled, len(self._stops) - 1)])
+        return float(self._plan[self.targets_filled, _STOP])
 
     @property
     def remaining(self) -> float:
         """Fraction of the entry size that is still open."""
-        return 0.0 if self.closed else float(self._rule.left[self.targets_filled])
+        return 0.0 if self.closed else float(self._plan[self.targets_filled, _LEFT])
 
     def walk(self, open: float, high: float, low: float, close: float) -> list[Fill]:
         """The fills of the next closed bar, in order; of bar `horizon + 1` only the open counts, then time is out."""
         if self.closed:
             raise ValueError(f"the trade ended by {self.exit_reason} in bar {self.bars_held}")
-        adverse, favourable = (low, high) if self.side == "buy" else (high, low)
-        before = self.targets_filled
-        self.targets_filled, self._reason, price, _ = _walk_one_bar(
-            (open, adverse, favourable, close), self.bars_held, self._rule.sign, self._rule.horizon,
-            self._levels, self._stops, before,
-        )  # fmt: skip
-        self.bars_held += 1
+        prices = (open, high, low, close)
+        bars = np.array([[*prices, min(prices), max(prices)]])
+        before, entry_bar = self.targets_filled, -self.bars_held
+        self.targets_filled, self._reason, price, self.bars_held, _ = _walk(
+            bars, 0, 1, entry_bar, self._rule, self._plan, before, True
+        )
         fills = [self._target_fill(number) for number in range(before, self.targets_filled)]
         if self._reason not in (NONE, TAKE_PROFIT):
-            fills.append(Fill(float(self._rule.left[self.targets_filled]), price, False, self.exit_reason))
+            fills.append(Fill(float(self._plan[self.targets_filled, _LEFT]), price, False, self.exit_reason))
         self.expected_return += sum(self.fill_return(fill) for fill in fills)
         return fills
 
@@ -226,148 +225,205 @@ class OpenTrade:
         """What one fill adds to the trade's return, after its fee and slippage: a fraction of the entry notional."""
         policy = self.policy
         fee, slippage = (policy.maker_fee, 0.0) if fill.maker else (policy.taker_fee, policy.slippage)
-        return float(_contribution(fill.fraction, fill.price, self._rule.sign, self.entry_price, fee, slippage))
+        return float(_contribution(fill.fraction, fill.price, self._rule["sign"], self.entry_price, fee, slippage))
 
     def _target_fill(self, number: int) -> Fill:
-        why = "take_profit" if number == len(self._levels) - 1 else "target"
-        return Fill(float(self._rule.fractions[number]), float(self._levels[number]), True, why)
+        why = "take_profit" if number + 1 == self._rule["levels"] else "target"
+        return Fill(float(self._plan[number, _CLOSES]), float(self._plan[number, _LEVEL]), True, why)
 
 
-def _rule(side: Side, policy: ExitPolicy) -> _Rule:
-    if side not in ("buy", "sell"):
-        raise ValueError(f"side must be 'buy' or 'sell', received {side!r}")
-    distances = [distance for distance, _ in policy.targets]
-    fractions = [fraction for _, fraction in policy.targets]
-    left = [1.0]
-    for fraction in fractions:
-        left.append(left[-1] - fraction)
-    if left[-1] > AMBIGUOUS_ABOVE:
-        distances.append(policy.take_profit)
-        fractions.append(left[-1])
-    return _Rule(
-        1.0 if side == "buy" else -1.0,
-        np.array(distances),
-        np.array(fractions),
-        np.array(left),
-        np.array([-policy.stop, *policy.stop_after]),
-        policy.horizon,
-        policy.taker_fee,
-        policy.maker_fee,
-        policy.slippage,
-    )
+# --- the compiled walk -----------------------------------------------------------------------------------------------
+# Numba counts references to the arrays of a function that has several ways out, which takes longer than the walk
+# itself: the functions below that run for every trade take few arrays and return once.
+
+# A policy as the walk takes it, beside its steps.
+_RULE = np.dtype(
+    [
+        ("sign", np.float64),  # 1 buy, -1 sell
+        ("levels", np.int64),  # the targets, then the take profit for what they leave
+        ("horizon", np.int64),
+        ("taker_fee", np.float64),
+        ("maker_fee", np.float64),
+        ("slippage", np.float64),
+    ],
+    align=True,
+)
+
+# Columns of a policy's steps and of a trade's plan. Row k is what holds while k levels are filled: the next level and
+# the stop (multiples of the entry price in steps, prices in a plan), the fraction of the entry size that the next level
+# closes, and the fraction still open. When all are filled there is no next level and nothing open.
+_LEVEL, _STOP, _CLOSES, _LEFT = range(4)
+
+# Columns of a bar. The extremes over all four prices say with two comparisons that a bar touches nothing.
+_OPEN, _HIGH, _LOW, _CLOSE, _LOWEST, _HIGHEST = range(6)
 
 
-@njit(cache=_CACHED)
+def _rules(policies: Mapping[Side, ExitPolicy]) -> tuple[np.ndarray, np.ndarray]:
+    """Rules [sides] and steps [sides, levels + 1, 4]; where another side has more levels, NaN fills up."""
+    if not set(policies) <= set(SIDES):
+        raise ValueError(f"side must be 'buy' or 'sell', received {list(policies)}")
+    rules, tables = np.empty(len(policies), _RULE), []
+    for number, (side, policy) in enumerate(policies.items()):
+        sign = 1.0 if side == "buy" else -1.0
+        tables.append(_steps(sign, policy))
+        levels = len(tables[-1]) - 1
+        rules[number] = (sign, levels, policy.horizon, policy.taker_fee, policy.maker_fee, policy.slippage)
+    steps = np.full((len(tables), max(map(len, tables), default=0), 4), np.nan)
+    for number, table in enumerate(tables):
+        steps[number, : len(table)] = table
+    return rules, steps
+
+
+def _steps(sign: float, policy: ExitPolicy) -> list[tuple[float, float, float, float]]:
+    left, table = 1.0, []
+    stops = [1 + sign * distance for distance in (-policy.stop, *policy.stop_after)]
+    for stop, (distance, fraction) in zip(stops, policy.targets, strict=False):  # the last stop comes after them
+        table.append((1 + sign * distance, stop, fraction, left))
+        left -= fraction
+    if left > AMBIGUOUS_ABOVE:
+        table.append((1 + sign * policy.take_profit, stops[-1], left, left))
+    return [*table, (np.nan, stops[-1], 0.0, 0.0)]
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _set_plan(plan, steps, side, entry):
+    """Writes the plan of a trade from its entry price and its side's steps."""
+    for filled in range(len(plan)):
+        plan[filled, _LEVEL] = entry * steps[side, filled, _LEVEL]
+        plan[filled, _STOP] = entry * steps[side, filled, _STOP]
+        plan[filled, _CLOSES] = steps[side, filled, _CLOSES]
+        plan[filled, _LEFT] = steps[side, filled, _LEFT]
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _walk(bars, bar, end, entry_bar, rule, plan, filled, adverse_first):
+    """A trade that entered at `entry_bar` and has filled so many levels, over `bars` from `bar` to before `end`.
+
+    Returns (filled levels, exit reason or NONE, price of a stop or time-out, bars held, whether the order of the
+    extremes may have mattered).
+    """
+    adverse, favourable = (_LOW, _HIGH) if rule.sign > 0 else (_HIGH, _LOW)
+    reason, price, order_mattered = NONE, 0.0, False
+    while bar < end and reason == NONE:
+        level, stop = plan[filled, _LEVEL], plan[filled, _STOP]
+        lower, upper = min(level, stop), max(level, stop)
+        # Most bars lie between the two and change nothing. The last may be the time-out.
+        while bar < end - 1 and bars[bar, _LOWEST] > lower and bars[bar, _HIGHEST] < upper:
+            bar += 1
+        if bar > entry_bar:  # the open of the entry bar is the entry itself and triggers nothing
+            price = bars[bar, _OPEN]
+            filled, reason = _walk_open(price, bar == entry_bar + rule.horizon, rule, plan, filled)
+        if reason == NONE:
+            filled, reason, order_matters = _walk_extremes(
+                bars[bar, adverse], bars[bar, favourable], bars[bar, _CLOSE], rule, plan, filled, adverse_first
+            )
+            price = plan[filled, _STOP]
+            order_mattered |= order_matters
+        bar += 1
+    return filled, reason, price, bar - entry_bar, order_mattered
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _walk_open(open, is_last, rule, plan, filled):
+    """(Filled levels, exit reason or NONE) after a bar's open; a stop or time-out there is filled at the open."""
+    reason = NONE
+    if rule.sign * (open - plan[filled, _STOP]) <= 0:
+        reason = _stop_reason(filled)
+    else:
+        filled = _reach(open, rule, plan, filled)
+        if filled == rule.levels:
+            reason = TAKE_PROFIT
+        elif is_last:
+            reason = TIMEOUT
+    return filled, reason
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _walk_extremes(adverse, favourable, close, rule, plan, filled, adverse_first):
+    """A bar after its open: (filled levels, exit reason or NONE, whether the order of the extremes may matter)."""
+    sign, reason = rule.sign, NONE
+    if adverse_first and sign * (adverse - plan[filled, _STOP]) <= 0:
+        reason = _stop_reason(filled)
+        order_matters = sign * (favourable - plan[filled, _LEVEL]) >= 0
+    else:
+        before = filled
+        filled = _reach(favourable, rule, plan, filled)
+        stopped_after = sign * (adverse - plan[filled, _STOP]) <= 0
+        order_matters = before < filled < rule.levels and stopped_after
+        if filled == rule.levels:
+            reason = TAKE_PROFIT
+        elif sign * (close - plan[filled, _STOP]) <= 0 or (stopped_after and not adverse_first):
+            reason = _stop_reason(filled)
+    return filled, reason, order_matters
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _reach(price, rule, plan, filled):
+    """Number of filled levels after `price`: every level that it reaches fills, in order. None reaches NaN."""
+    while rule.sign * (price - plan[filled, _LEVEL]) >= 0:
+        filled += 1
+    return filled
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _stop_reason(filled):
+    return STOP if filled == 0 else BREAKEVEN if filled == 1 else LOCK
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _earned(filled, price, rule, plan, entry):
+    """The return of a trade that has ended: filled levels as maker, what they left at `price` as taker."""
+    total = -rule.taker_fee
+    for number in range(filled):
+        total += _contribution(plan[number, _CLOSES], plan[number, _LEVEL], rule.sign, entry, rule.maker_fee, 0.0)
+    return total + _contribution(plan[filled, _LEFT], price, rule.sign, entry, rule.taker_fee, rule.slippage)
+
+
+@njit(cache=_CACHED, error_model="numpy")
 def _contribution(fraction, price, sign, entry, fee, slippage):
     """fraction * (s * (price / entry - 1) - fee * price / entry), the price worsened by the slippage."""
     paid = price * (1 - sign * slippage)
     return fraction * (sign * (paid / entry - 1) - fee * paid / entry)
 
 
-@njit(cache=_CACHED, inline="always")
-def _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, adverse_first):
-    """One bar of a trade: `prices` (open, adverse extreme, favourable extreme, close), filled levels before it.
-
-    `levels` and `stops` are prices; the stop in force is `stops[filled]`. Returns (filled levels, exit reason or NONE,
-    price of a stop or time-out, whether the order of the extremes may matter).
-    """
-    open, adverse, favourable, close = prices
-    # The open of the entry bar is the entry itself and triggers nothing.
-    if bars_before > 0:
-        if sign * (open - stops[filled]) <= 0:  # opens at or beyond the stop: filled at the open
-            return filled, _stop_reason(filled), open, False
-        filled = _reach(open, sign, levels, filled)
-        if filled == len(levels):
-            return filled, TAKE_PROFIT, 0.0, False
-        if bars_before == horizon:
-            return filled, TIMEOUT, open, False
-    if adverse_first and sign * (adverse - stops[filled]) <= 0:
-        return filled, _stop_reason(filled), stops[filled], sign * (favourable - levels[filled]) >= 0
-    before = filled
-    filled = _reach(favourable, sign, levels, filled)
-    if filled == len(levels):
-        return filled, TAKE_PROFIT, 0.0, False
-    stopped_after = sign * (adverse - stops[filled]) <= 0
-    order_matters = filled > before and stopped_after
-    if sign * (close - stops[filled]) <= 0 or (stopped_after and not adverse_first):
-        return filled, _stop_reason(filled), stops[filled], order_matters
-    return filled, NONE, 0.0, order_matters
-
-
-@njit(cache=_CACHED, inline="always")
-def _reach(price, sign, levels, filled):
-    """Number of filled levels after `price`: every level that it reaches fills, in order."""
-    while filled < len(levels) and sign * (price - levels[filled]) >= 0:
-        filled += 1
-    return filled
-
-
-@njit(cache=_CACHED, inline="always")
-def _stop_reason(filled):
-    if filled == 0:
-        return STOP
-    return BREAKEVEN if filled == 1 else LOCK
-
-
-@njit(cache=_CACHED)
-def _walk_one_bar(prices, bars_before, sign, horizon, levels, stops, filled):
-    return _walk_bar(prices, bars_before, sign, horizon, levels, stops, filled, True)
-
-
-@njit(cache=_CACHED)
-def _prices(entry, sign, distances, prices):
-    """entry * (1 + s * distance) for every distance, into `prices`."""
-    for number in range(len(distances)):
-        prices[number] = entry * (1 + sign * distances[number])
-
-
-@njit(cache=_CACHED)
-def _walk_trade(bars, first, rule, entry, levels, stops, adverse_first):
-    """A whole trade from its entry bar: (return, exit reason, bars held, filled levels, whether order may matter)."""
-    filled, order_mattered, sign, horizon = 0, False, rule.sign, rule.horizon
-    opens, closes = bars.open, bars.close
-    adverses, favourables = (bars.low, bars.high) if sign > 0 else (bars.high, bars.low)
-    for held in range(horizon + 1):
-        bar = first + held
-        prices = (opens[bar], adverses[bar], favourables[bar], closes[bar])
-        filled, reason, price, order_matters = _walk_bar(
-            prices, held, sign, horizon, levels, stops, filled, adverse_first
-        )
-        order_mattered |= order_matters
-        if reason != NONE:
-            break
-    total = -rule.taker_fee
-    for number in range(filled):
-        total += _contribution(rule.fractions[number], levels[number], sign, entry, rule.maker_fee, 0.0)
-    if reason != TAKE_PROFIT:
-        total += _contribution(rule.left[filled], price, sign, entry, rule.taker_fee, rule.slippage)
-    return total, reason, held + 1, filled, order_mattered
-
-
-@njit(cache=_CACHED)
-def _label_bars(bars, rule):
-    """A trade from every bar; backwards, so that the next missing bar is known without looking for it."""
-    count = len(bars.open)
-    expected_return = np.full(count, np.nan)
-    exit_reason = np.zeros(count, np.int8)
-    bars_held = np.zeros(count, np.int16)
-    targets_filled = np.zeros(count, np.int8)
-    ambiguous = np.zeros(count, np.bool_)
-    levels, stops = np.empty(len(rule.distances)), np.empty(len(rule.stops))
+@njit(cache=_CACHED, error_model="numpy")
+def _label_bars(open, high, low, close, rules, steps, with_ambiguous):
+    """The columns of `Labels`, [sides, n] each. Backwards, so that the next missing bar is always known."""
+    count, sides = len(open), len(rules)
+    expected_return = np.full((sides, count), np.nan)
+    exit_reason = np.zeros((sides, count), np.int8)
+    bars_held = np.zeros((sides, count), np.int16)
+    targets_filled = np.zeros((sides, count), np.int8)
+    ambiguous = np.zeros((sides, count if with_ambiguous else 0), np.bool_)
+    bars, plan = np.empty((count, 6)), np.empty(steps.shape[1:])
     next_missing = count
     for signal in range(count - 1, -1, -1):
-        if np.isnan(bars.open[signal] + bars.high[signal] + bars.low[signal] + bars.close[signal]):
+        if not _set_bar(bars, signal, open[signal], high[signal], low[signal], close[signal]):
             next_missing = signal
         first = signal + 1
-        if first + rule.horizon >= next_missing:
-            continue
-        entry = bars.open[first] * (1 + rule.sign * rule.slippage)
-        _prices(entry, rule.sign, rule.distances, levels)
-        _prices(entry, rule.sign, rule.stops, stops)
-        total, reason, held, filled, order_mattered = _walk_trade(bars, first, rule, entry, levels, stops, True)
-        expected_return[signal], exit_reason[signal] = total, reason
-        bars_held[signal], targets_filled[signal] = held, filled
-        if order_mattered:
-            other = _walk_trade(bars, first, rule, entry, levels, stops, False)[0]
-            ambiguous[signal] = abs(total - other) > AMBIGUOUS_ABOVE
+        for side in range(sides):
+            rule = rules[side]
+            end = first + rule.horizon + 1
+            if end > next_missing:
+                continue
+            entry = open[first] * (1 + rule.sign * rule.slippage)
+            _set_plan(plan, steps, side, entry)
+            filled, reason, price, held, order_mattered = _walk(bars, first, end, first, rule, plan, 0, True)
+            total = _earned(filled, price, rule, plan, entry)
+            if not np.isfinite(total):  # prices too far apart for a fraction of one another
+                continue
+            expected_return[side, signal], exit_reason[side, signal] = total, reason
+            bars_held[side, signal], targets_filled[side, signal] = held, filled
+            if with_ambiguous and order_mattered:
+                filled, _, price, _, _ = _walk(bars, first, end, first, rule, plan, 0, False)
+                ambiguous[side, signal] = abs(total - _earned(filled, price, rule, plan, entry)) > AMBIGUOUS_ABOVE
     return expected_return, exit_reason, bars_held, targets_filled, ambiguous
+
+
+@njit(cache=_CACHED, error_model="numpy")
+def _set_bar(bars, bar, open, high, low, close):
+    """Writes a bar's row; False where the bar is missing."""
+    lowest, highest = min(min(open, high), min(low, close)), max(max(open, high), max(low, close))
+    bars[bar, _OPEN], bars[bar, _HIGH], bars[bar, _LOW], bars[bar, _CLOSE] = open, high, low, close
+    bars[bar, _LOWEST], bars[bar, _HIGHEST] = lowest, highest
+    return lowest > 0 and highest < np.inf and not np.isnan(open + high + low + close)

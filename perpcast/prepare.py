@@ -24,14 +24,12 @@ from perpcast.database import (
     replace_processed,
 )
 from perpcast.errors import DataError, MissingInputError
-from perpcast.exit_policy import ExitPolicy, Labels, label_trades
-from perpcast.features.indicators import FEATURE_SET, compute_indicators
+from perpcast.exit_policy import LABEL_VERSION, ExitPolicy, Labels, label_sides
+from perpcast.features.indicators import compute_indicators, feature_version
 from perpcast.features.inputs import rounded_as_stored
 from perpcast.market import FLAT_RUN_BARS, SIDES, CandleSeries, Side, flat_run_mask
 from perpcast.quality import QUALITY_VERSION, Quality, measure
 from perpcast.timeframe import format_time, interval_ms, month_ms
-
-LABEL_VERSION = "exit_policy/1"
 
 # Candles that close a label, or a flat run that changes one, come so much later than the bar that they concern.
 _LATEST_INFLUENCE_BARS = FLAT_RUN_BARS + 1  # beside the policy's horizon
@@ -98,7 +96,7 @@ class _Recipe:
     def version(self) -> str:
         """Changes with everything but the candles that a row depends on."""
         policies = {side: self.policies[side].to_json() for side in SIDES}
-        parts = [FEATURE_SET, LABEL_VERSION, QUALITY_VERSION, self.interval, self.max_gap_bars, policies]
+        parts = [feature_version(), LABEL_VERSION, QUALITY_VERSION, self.interval, self.max_gap_bars, policies]
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def first_outdated_ms(self, candles: Sequence[CandleMonth], stored: Sequence[ProcessedMonth]) -> int | None:
@@ -161,12 +159,12 @@ def process_candles(
 ) -> ProcessedSeries:
     """Indicators, rounded as they are stored, and labels of both sides for every bar of one symbol."""
     indicators = compute_indicators(candles.frame(), interval, max_gap_bars).to_numpy()
-    labels = {side: label_candles(candles, interval, side, policies[side]) for side in SIDES}
+    labels = label_candles(candles, interval, policies)
     return ProcessedSeries(candles.open_time_ms, rounded_as_stored(indicators), labels)
 
 
-def label_candles(candles: CandleSeries, interval: str, side: Side, policy: ExitPolicy) -> Labels:
-    """A label for every bar; none where a bar up to the label's end is missing or lies in a long flat run."""
+def label_candles(candles: CandleSeries, interval: str, policies: Mapping[Side, ExitPolicy]) -> dict[Side, Labels]:
+    """Each side's label for every bar; none where a bar up to its end is missing or lies in a long flat run."""
     step_ms = interval_ms(interval)
     since_first = candles.open_time_ms - candles.open_time_ms[:1]
     off_grid = np.flatnonzero(since_first % step_ms)
@@ -181,5 +179,7 @@ def label_candles(candles: CandleSeries, interval: str, side: Side, policy: Exit
     grid = np.full((4, int(place[-1]) + 1 if len(place) else 0), np.nan)
     grid[:, place[counted]] = [getattr(candles, name)[counted] for name in ("open", "high", "low", "close")]
     open, high, low, close = grid
-    on_grid = label_trades(open, high, low, close, side, policy)
-    return Labels(*(getattr(on_grid, field.name)[place] for field in fields(Labels)))
+    return {
+        side: Labels(*(getattr(on_grid, field.name)[place] for field in fields(Labels)))
+        for side, on_grid in label_sides(open, high, low, close, policies).items()
+    }

@@ -1,5 +1,6 @@
 """The exit policy once more, written plainly for reading: no arrays, no compilation, one fill after the other."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +21,15 @@ class ReferenceTrade:
 def trade(
     bars: list[tuple[float, float, float, float]], side: str, policy: ExitPolicy, adverse_first: bool = True
 ) -> ReferenceTrade | None:
-    """`bars` are (open, high, low, close), the signal bar first; None where bar horizon + 1 does not exist."""
+    """`bars` are (open, high, low, close), the signal bar first; None where one up to bar horizon + 1 is missing."""
     following = bars[1 : policy.horizon + 2]
-    if len(following) < policy.horizon + 1:
+    if len(following) < policy.horizon + 1 or any(math.isnan(price) for bar in (bars[0], *following) for price in bar):
         return None
     s = 1 if side == "buy" else -1
     entry = following[0][0] * (1 + s * policy.slippage)
     targets = [(entry * (1 + s * distance), fraction) for distance, fraction in policy.targets]
     take_profit = entry * (1 + s * policy.take_profit)
+    all_by_targets = sum(fraction for _, fraction in targets) > 1 - 1e-12
     result = ReferenceTrade()
     stop = entry * (1 + s * -policy.stop)
     open_fraction = 1.0
@@ -38,7 +40,7 @@ def trade(
         result.reason, open_fraction = why, 0.0
 
     def stop_name() -> str:
-        return ["stop", "breakeven", "lock", "lock"][result.targets_filled]
+        return {0: "stop", 1: "breakeven"}.get(result.targets_filled, "lock")
 
     def reach_targets(price: float) -> None:
         nonlocal stop, open_fraction
@@ -48,7 +50,11 @@ def trade(
             open_fraction -= fraction
             stop = entry * (1 + s * policy.stop_after[result.targets_filled])
             result.targets_filled += 1
-        if result.targets_filled == len(targets) and s * (price - take_profit) >= 0:
+        if result.targets_filled < len(targets):
+            return
+        if all_by_targets:
+            result.fills[-1]["why"] = result.reason = "take_profit"
+        elif s * (price - take_profit) >= 0:
             result.targets_filled += 1
             close_rest(take_profit, "take_profit", maker=True)
 

@@ -35,7 +35,6 @@ from tests.test_features_indicators import flatten, market, troubled_market
 ROOT = Path(__file__).parents[1]
 SETTINGS = load_settings([ROOT / "config.yaml"])
 POLICIES = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
-POLICY = POLICIES["buy"]
 
 
 def series(frame: pd.DataFrame) -> CandleSeries:
@@ -67,9 +66,8 @@ def table(database: Database) -> dict[str, tuple]:
 
 def test_labels_of_unbroken_candles_are_those_of_the_policy() -> None:
     candles = series(market(800))
-    for side in SIDES:
-        labels = label_candles(candles, "15", side, POLICIES[side])
-        prices = (candles.open, candles.high, candles.low, candles.close)
+    prices = (candles.open, candles.high, candles.low, candles.close)
+    for side, labels in label_candles(candles, "15", POLICIES).items():
         assert_same_labels(labels, label_trades(*prices, side, POLICIES[side]))
         assert np.isfinite(labels.expected_return[:-101]).all()
         assert np.isnan(labels.expected_return[-101:]).all()
@@ -79,12 +77,12 @@ def test_labels_of_unbroken_candles_are_those_of_the_policy() -> None:
 def test_no_label_reaches_over_a_gap(missing: int) -> None:
     whole = market(1000)
     candles = series(whole.drop(index=range(500, 500 + missing)))
-    labels = label_candles(candles, "15", "buy", POLICY)
+    labels = label_candles(candles, "15", POLICIES)["buy"]
     known = np.isfinite(labels.expected_return)
     assert known[:399].all()  # bar 101 after bar 398 is bar 499, the last before the gap
     assert not known[399:500].any()
     assert known[500:-101].all()
-    unbroken = label_candles(series(whole), "15", "buy", POLICY)
+    unbroken = label_candles(series(whole), "15", POLICIES)["buy"]
     np.testing.assert_array_equal(labels.expected_return[:399], unbroken.expected_return[:399])
     np.testing.assert_array_equal(labels.expected_return[500:], unbroken.expected_return[500 + missing :])
 
@@ -92,7 +90,7 @@ def test_no_label_reaches_over_a_gap(missing: int) -> None:
 @pytest.mark.parametrize(("bars", "is_gap"), [(7, False), (8, True)])
 def test_long_flat_run_is_a_gap_for_labels_from_its_first_bar_on(bars: int, is_gap: bool) -> None:
     candles = series(flatten(market(1000), 500, bars))
-    known = np.isfinite(label_candles(candles, "15", "sell", POLICIES["sell"]).expected_return)
+    known = np.isfinite(label_candles(candles, "15", POLICIES)["sell"].expected_return)
     assert known[:399].all()
     assert known[399 : 500 + bars].any() != is_gap
     assert known[500 + bars : -101].all()
@@ -101,7 +99,7 @@ def test_long_flat_run_is_a_gap_for_labels_from_its_first_bar_on(bars: int, is_g
 def test_candles_off_the_grid_are_refused_with_the_next_step() -> None:
     candles = series(market(20))
     with pytest.raises(DataError, match=r"2024-01-01 00:15 is no multiple of 60 minutes.*init_database.py --reset"):
-        label_candles(candles, "60", "buy", POLICY)
+        label_candles(candles, "60", POLICIES)
 
 
 def test_no_candles_give_no_rows() -> None:
@@ -121,8 +119,7 @@ def test_table_holds_indicators_as_real_and_labels_exactly(database: Database) -
     single = [number for number, name in enumerate(COLUMNS) if name != "obv"]
     np.testing.assert_array_equal(stored.indicators[:, single], fresh[:, single].astype(np.float32))
     np.testing.assert_array_equal(stored.indicators[:, COLUMNS.index("obv")], fresh[:, COLUMNS.index("obv")])
-    for side in SIDES:
-        labels = label_candles(candles, "15", side, POLICIES[side])
+    for side, labels in label_candles(candles, "15", POLICIES).items():
         assert_same_labels(stored.labels[side], labels)
         known = np.isfinite(labels.expected_return)
         counts = prepared.quality.sides[side]

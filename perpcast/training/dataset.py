@@ -23,7 +23,7 @@ from perpcast.database import Database, TrainingSequence, read_candles, read_pro
 from perpcast.errors import DataError, MissingInputError
 from perpcast.evaluation.scores import Windows
 from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, split_by_time
-from perpcast.exit_policy import ExitPolicy, label_trades
+from perpcast.exit_policy import LABEL_VERSION, ExitPolicy, label_sides
 from perpcast.features.indicators import FEATURE_SET
 from perpcast.features.inputs import KNOWN, OBSERVED, known_inputs, observed_inputs
 from perpcast.features.scaler import Scaler
@@ -32,7 +32,6 @@ from perpcast.task import Target, Task
 from perpcast.timeframe import format_time, interval_ms
 
 # Declared versions of the code whose change makes another dataset of the same rows; they enter the fingerprint.
-LABEL_VERSION = "exit_policy/1"
 SPLIT_VERSION = "time_split/1"
 
 QUANTILES = (0.5, 0.75, 0.9)
@@ -336,9 +335,10 @@ def _check_policy(symbol: str, candles: CandleSeries, returns: np.ndarray, task:
     place = (candles.open_time_ms - candles.open_time_ms[0]) // step_ms
     prices = np.full((4, int(place[-1]) + 1), np.nan)
     prices[:, place] = candles.open, candles.high, candles.low, candles.close
+    policies = {side: ExitPolicy(**task.exit_policies[side]) for side in SIDES}
+    labels = label_sides(prices[0], prices[1], prices[2], prices[3], policies, ambiguous=False)
     for number, side in enumerate(SIDES):
-        policy = ExitPolicy(**task.exit_policies[side])
-        again = label_trades(prices[0], prices[1], prices[2], prices[3], side, policy).expected_return[place]
+        again = labels[side].expected_return[place]
         known = np.isfinite(returns[:, number]) & np.isfinite(again)
         if np.any(np.abs(again[known] - returns[known, number]) > 1e-12):
             raise MissingInputError(
