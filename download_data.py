@@ -38,7 +38,7 @@ LINE_SECONDS = 3.0  # between lines of progress
 
 def _instant(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     try:
-        return to_ms(parse_time(text)) if text else None
+        return None if text is None else to_ms(parse_time(text))
     except ValueError:
         raise click.BadParameter(
             f"expected a date or time such as 2024-01-01 or 2024-01-01T06:00, received {text!r}"
@@ -77,7 +77,7 @@ def main(
         raise click.UsageError("give either --from or --days, not both")
     configured = settings.data_download
     wanted = Wanted(
-        symbols_from_text(symbols) if symbols else configured.symbols,
+        configured.symbols if symbols is None else symbols_from_text(symbols),
         configured.interval,
         days or configured.days,
         from_ms,

@@ -64,26 +64,24 @@ def _arm_kill_point() -> None:
         arm(name, int(passing))
 
 
-class _TerminatedError(KeyboardInterrupt):
-    """SIGTERM: every `finally` on the way out is done, in event loops as well, which let no other kind through."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _TerminatedError
-
-
 @contextmanager
 def clean_exit() -> Iterator[None]:
     """Ends the process with a message instead of a traceback for whatever can be foreseen; so do SIGINT and SIGTERM."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        signal.raise_signal(signal.SIGINT)  # an event loop ends its tasks in order on this one alone
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except PerpcastError as error:
         _stop(str(error), error.exit_code)
-    except _TerminatedError:
-        _stop("terminated; run the same command again to go on", 143)
     except KeyboardInterrupt:
-        _stop("interrupted; run the same command again to go on", 130)
+        how, exit_code = ("terminated", 143) if terminated else ("interrupted", 130)
+        _stop(f"{how}; run the same command again to go on", exit_code)
     except BrokenPipeError:  # whoever read our output has seen enough, as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

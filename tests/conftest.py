@@ -1,5 +1,7 @@
 """What the tests share: a PostgreSQL server of their own on a free port, an empty database in it for each test, and the
-two budgets: `pytest` takes every case once, `pytest --soak` many times, and writes its table to docs/soak.md."""
+two budgets: `pytest` takes every case once, `pytest --soak` many times, and writes its table to docs/soak.md.
+
+A test marked `soak(25)` draws all that it leaves to chance from `seed`: 0, and in a soak 0 to 24."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,8 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A soak repeats whatever kills something: the moment of the kill is never twice the same."""
-    if metafunc.config.getoption("--soak") and "_killed_" in metafunc.function.__name__:
+    """A soak repeats whatever kills something: the moment of the kill is never twice the same, or drawn by `seed`."""
+    soaking = metafunc.config.getoption("--soak")
+    own = metafunc.definition.get_closest_marker("soak")
+    if own is not None:
+        metafunc.parametrize("seed", range(own.args[0] if soaking else 1))
+    elif soaking and "_killed_" in metafunc.function.__name__:
         metafunc.fixturenames.append("kill_round")
         metafunc.parametrize("kill_round", range(SOAK_KILLS))
 
@@ -49,7 +55,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     table = "\n".join(f"| {name} | {n:.0f} | {bad:.0f} | {s:.0f} |" for name, (n, bad, s) in sorted(rows.items()))
     (Path(__file__).parents[1] / "docs" / "soak.md").write_text(
         f"# Soak\n\nWritten by `make soak`: {SOAK_EXAMPLES} examples for each property, {SOAK_KILLS} rounds of each "
-        f"test that kills.\n\n| file | passed | failed | seconds |\n|---|---|---|---|\n{table}\n",
+        "test that kills, or as many seeds as its mark `soak` names.\n\n"
+        f"| file | passed | failed | seconds |\n|---|---|---|---|\n{table}\n",
         encoding="utf-8",
     )
 

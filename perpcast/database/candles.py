@@ -83,9 +83,6 @@ def upsert_candles(engine: Engine, symbol: str, candles: CandleSeries) -> Stored
         copy_in(connection, table, [("symbol", symbol)], _BLOCKS, (candles.open_time_ms, prices), (None, None))
 
     def insert_new(connection: Connection) -> StoredCandles:
-        # Not waited for: after a power cut the last of them may be missing, never the rows before a row that is there,
-        # and what is missing is asked for again. Half as fast again as waiting for the disk.
-        connection.execute(text("SET LOCAL synchronous_commit = off"))
         copy(connection, raw_market_data.name)
         _AFTER_INSERT()
         return StoredCandles(len(candles), ())
