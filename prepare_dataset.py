@@ -17,9 +17,12 @@ from rich.table import Column, Table
 
 from perpcast.command_line import console, open_database, progress_bar, stage
 from perpcast.config import Settings
-from perpcast.database import Database, read_candle_gaps, read_candles, read_processed
+from perpcast.database import Database, read_candle_gaps, read_candle_spans, read_candles, read_processed
+from perpcast.errors import MissingInputError, PerpcastError
 from perpcast.exit_policy import EXIT_REASONS, ExitPolicy
+from perpcast.features.indicators import CANDLES_49
 from perpcast.features.inputs import OBSERVED, observed_inputs
+from perpcast.features.leak import check_indicators, planted_leak
 from perpcast.market import SIDES
 from perpcast.prepare import PreparedSymbol, prepare
 from perpcast.quality import Quality, SideQuality
@@ -27,8 +30,11 @@ from perpcast.timeframe import format_time
 
 
 @click.command()
+@click.option(
+    "--check", is_flag=True, help="Compute nothing: prove on the stored candles that no indicator sees the future."
+)
 @stage
-def main(settings: Settings) -> None:
+def main(settings: Settings, check: bool) -> None:
     """Computes the 49 indicators and the expected returns of both sides for every stored candle.
 
     Only what new or revised candles touch is written again: stop it at any time and run it again, or run it every day.
@@ -36,8 +42,12 @@ def main(settings: Settings) -> None:
     \b
     Examples:
       python prepare_dataset.py
+      python prepare_dataset.py --check
       python prepare_dataset.py --config config.yaml --config my_policy.yaml
     """
+    if check:
+        check_leaks(settings)
+        return
     wanted = settings.data_download
     horizon = settings.model.prediction_horizon
     policies = {side: ExitPolicy.from_config(settings.risk_profile, settings.fees, side, horizon) for side in SIDES}
@@ -54,6 +64,45 @@ def main(settings: Settings) -> None:
             _write_page(database, settings, prepared, gaps, page.parent)
     console.print(f"report: {page}")
     console.print("next: python train_universal_transformer.py --task regression")
+
+
+def check_leaks(settings: Settings) -> None:
+    """Changes and cuts the future of every symbol's candles and compares the past; a planted leak has to be found.
+
+    Raises PerpcastError where an indicator leaks, or where the check did not bite.
+    """
+    wanted, max_gap_bars = settings.data_download, settings.dataset.max_gap_bars
+    begun, leaks, blind, checked = time.monotonic(), [], [], []
+    with open_database(settings) as database, progress_bar("symbols") as on_progress:
+        spans = read_candle_spans(database)
+        present = [symbol for symbol in wanted.symbols if symbol in spans]
+        for number, symbol in enumerate(present, 1):
+            candles = read_candles(database, symbol).frame()
+            leaks += [(symbol, leak) for leak in check_indicators(candles, CANDLES_49, wanted.interval, max_gap_bars)]
+            if not check_indicators(candles, [planted_leak()], wanted.interval, max_gap_bars):
+                blind.append(symbol)
+            checked.append(symbol)
+            on_progress(number, len(present))
+    if not checked:
+        raise MissingInputError("no candles of any configured symbol are stored: run python download_data.py first")
+    table = Table("symbol", "indicator", "of", "test", "future changed from", "value changed at", "by")
+    for symbol, leak in leaks:
+        cut, changed = format_time(leak.cut_ms), format_time(leak.time_ms)
+        table.add_row(symbol, leak.name, leak.form, leak.test, cut, changed, f"{leak.relative:.2%}")
+    if leaks:
+        console.print(table)
+    seconds = time.monotonic() - begun
+    console.print(
+        f"{len(CANDLES_49)} indicators and their model inputs on {len(checked)} symbols, {seconds:.0f} s: future cut "
+        f"off, changed and appended; {len(leaks)} leaks; a planted leak was found on {len(checked) - len(blind)}"
+    )
+    if leaks:
+        names = sorted({leak.name for _, leak in leaks})
+        raise PerpcastError(
+            f"{', '.join(names)} depend on the future: nothing that was trained on them can be believed"
+        )
+    if blind:
+        raise PerpcastError(f"the check did not find a planted leak on {', '.join(blind)}: it has shown nothing there")
 
 
 def read_gap_bars(database: Database, symbols: Sequence[str]) -> dict[str, Counter[str]]:

@@ -78,7 +78,7 @@ def measure() -> Table:
         ("Perpcast, 2 symbols", "ours", FEW, False),
         ("ccxt fetch_ohlcv + pandas.to_sql, 2 symbols", "ccxt", FEW, False),
     ]
-    with _exchange() as rest_url, _postgres() as address:
+    with _exchange() as rest_url, postgres() as address:
         place = Place(rest_url, address.host, address.port, address.name, address.user, address.password or "")
         costs = [_client(way, place, symbols, limited) for _, way, symbols, limited in ways]
     table = Table("three years of candles", "wall", "all 51 symbols", "CPU a page", "peak memory", "faster by")
@@ -108,7 +108,8 @@ def _exchange() -> Iterator[str]:
 
 
 @contextmanager
-def _postgres() -> Iterator[DatabaseAddress]:
+def postgres() -> Iterator[DatabaseAddress]:
+    """A server of its own, gone at the end."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "postgres"
         try:

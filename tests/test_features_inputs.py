@@ -1,6 +1,7 @@
-"""Model inputs: the formulas of the table, the same from fresh and from stored values, the same live and in batch."""
+"""Model inputs: the formulas of the table, the same from fresh and from stored values; the scaler."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,6 @@ from perpcast.features.inputs import (
     CANDLE_SHAPE,
     KNOWN,
     OBSERVED,
-    WARMUP_BARS,
     compute_inputs,
     known_inputs,
     observed_inputs,
@@ -21,8 +21,10 @@ from perpcast.features.scaler import Scaler
 from tests.recorded import needs_recorded, recorded_candles
 from tests.test_features_indicators import flatten, market, troubled_market
 
-LOOKBACK = 60
 FIRST_COMPLETE = 213  # atr_14 after 14 bars, its mean over 200 of those
+
+
+CRASH = "binance_usdm_15m_panel51_1y/1000BONKUSDT"
 
 
 def _plain_inputs(frame: pd.DataFrame, values: pd.DataFrame) -> dict[str, pd.Series]:
@@ -54,8 +56,16 @@ def _plain_inputs(frame: pd.DataFrame, values: pd.DataFrame) -> dict[str, pd.Ser
     }
 
 
-def test_inputs_are_the_formulas_of_the_table() -> None:
-    frame = market(900)
+@pytest.mark.parametrize(
+    "candles",
+    [
+        lambda: market(900),
+        pytest.param(lambda: recorded_candles("okx_swap_15m/PEPEUSDT", 0, 3_000), marks=needs_recorded),
+        pytest.param(lambda: recorded_candles(CRASH, 32_000), marks=needs_recorded),
+    ],
+)
+def test_inputs_are_the_formulas_of_the_table(candles: Callable[[], pd.DataFrame]) -> None:
+    frame = candles()
     values = compute_indicators(frame)
     stored = pd.DataFrame(rounded_as_stored(values.to_numpy()), columns=list(COLUMNS))
     plain = _plain_inputs(frame, stored)
@@ -119,48 +129,6 @@ def test_inputs_of_the_past_do_not_change_with_the_future(frame: pd.DataFrame) -
         later.loc[later.index[cut:], ["open", "high", "low", "close", "volume"]] *= 3
         for other in (frame.iloc[:cut], later):
             np.testing.assert_array_equal(compute_inputs(other)[:cut], whole[:cut])
-
-
-# Every input of every bar of the newest window, over recorded candles of four sources: a sample of the measurement in
-# docs/decisions/0003, which found 510 bars.
-WARMUP_SAMPLE = [
-    "binance_usdm_15m_panel51_1y/BTCUSDT",
-    "binance_usdm_15m_panel51_1y/1000BONKUSDT",
-    "binance_usdm_15m_panel51_1y/TRUMPUSDT",
-    "okx_swap_15m/PEPEUSDT",
-    "okx_swap_15m/ETHUSDT",
-    "binance_usdm_15m_long/TRXUSDT",
-    "bybit_linear_15m_2024/XRPUSDT",
-]
-
-
-def _worst_difference(name: str, warmup_bars: int, windows: int = 6) -> float:
-    """Largest relative difference of any input in newest windows computed from `warmup_bars` + 59 bars only."""
-    frame = recorded_candles(name, 0, 8_000)
-    batch = compute_inputs(frame)
-    worst = 0.0
-    for newest in np.random.default_rng(5).integers(2_000, len(frame), windows):
-        history = frame.iloc[newest + 1 - warmup_bars - (LOOKBACK - 1) : newest + 1]
-        live = compute_inputs(history)[-LOOKBACK:].astype(float)
-        expected = batch[newest + 1 - LOOKBACK : newest + 1].astype(float)
-        np.testing.assert_array_equal(np.isnan(live), np.isnan(expected))
-        different = (live != expected) & ~np.isnan(expected)
-        if different.any():
-            difference = np.abs(live - expected)[different] / np.maximum(np.abs(expected[different]), 1e-300)
-            worst = max(worst, float(difference.max()))
-    return worst
-
-
-@needs_recorded
-@pytest.mark.parametrize("name", WARMUP_SAMPLE)
-def test_newest_window_from_warmup_bars_equals_the_batch(name: str) -> None:
-    assert _worst_difference(name, WARMUP_BARS) <= 1e-6
-
-
-@needs_recorded
-def test_warmup_is_not_longer_than_it_has_to_be() -> None:
-    """The comparison bites: with two thirds of the history some input differs."""
-    assert max(_worst_difference(name, WARMUP_BARS * 2 // 3) for name in WARMUP_SAMPLE[:3]) > 1e-6
 
 
 def test_known_inputs_are_the_calendar_on_circles() -> None:

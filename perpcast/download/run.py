@@ -41,10 +41,10 @@ from perpcast.timeframe import DAY_MS, floor_ms, format_time, from_ms, interval_
 SETTLE_MS = 5_000
 
 # Pages that are stored together: a commit waits for the disk, and each of them is asked for again after a kill.
-STRETCH_PAGES = 10
+STRETCH_PAGES = 20
 
 # Stretches written at a time: one more than that and they only wait for one another.
-WRITERS = 2
+WRITERS = 3
 
 # What --verify asks for again, of some 5,400 pages in three years of 51 symbols: two seconds of the rate limit.
 VERIFIED_PAGES = 200

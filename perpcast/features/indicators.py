@@ -5,6 +5,8 @@ first ADX and ATR values are 0). They start again after a gap, and are NaN where
 has filled, on a missing bar, and where a library answers 0 or 100 to a window in which nothing moved or traded.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,7 @@ from ta.momentum import StochRSIIndicator
 from ta.trend import DPOIndicator
 from ta.volume import ChaikinMoneyFlowIndicator
 
-from perpcast.features.stretch import Stretch, bars_of, stretch_rows, unless
+from perpcast.features.stretch import STRETCH_VERSION, Stretch, bars_of, in_blocks, stretches, unless
 from perpcast.features.transforms import (
     Transform,
     change_to_volume,
@@ -29,7 +31,9 @@ from perpcast.features.transforms import (
     share_of_close,
     unchanged,
 )
+from perpcast.market import FLAT_RUN_BARS
 
+# Stands in the task of every model: one of another set or number is refused. What to raise when: `feature_version`.
 FEATURE_SET = "candles_49/1"
 
 DAY_MS = 86_400_000
@@ -42,7 +46,9 @@ class Indicator:
 
     `inputs` are series on the bar grid. `warmup` bars of a stretch pass before the first value. `compute` gives the
     stored value from a gap-free stretch. `model_input` makes of it what the model sees; None: it enters as a known
-    input, as calendar (`inputs.KNOWN`). `double` values are stored in double precision, the others as REAL.
+    input, as calendar (`inputs.KNOWN`). `input_warmup` bars pass before the first model input, where that takes longer.
+    `double` values are stored in double precision, the others as REAL. `version` is raised with every change of the
+    stored values (`feature_version`).
     """
 
     name: str
@@ -52,7 +58,9 @@ class Indicator:
     compute: Callable[[Stretch], np.ndarray]
     model_input: Transform | None
     meaning: str
+    input_warmup: int | None = None
     double: bool = False
+    version: int = 1
 
 
 def _cmf(stretch: Stretch) -> np.ndarray:
@@ -68,12 +76,16 @@ def _stoch_rsi(stretch: Stretch) -> np.ndarray:
     return StochRSIIndicator(stretch.series["close"], window=14).stochrsi().to_numpy()
 
 
+def _cci(stretch: Stretch) -> np.ndarray:
+    return in_blocks(stretch, 19, lambda part: talib.CCI(part.high, part.low, part.close, timeperiod=20))[0]
+
+
 def _ultimate(stretch: Stretch) -> np.ndarray:
-    return talib.ULTOSC(stretch.high, stretch.low, stretch.close, timeperiod1=7, timeperiod2=14, timeperiod3=28)
+    return in_blocks(stretch, 28, lambda part: talib.ULTOSC(part.high, part.low, part.close, 7, 14, 28))[0]
 
 
 def _mfi(stretch: Stretch) -> np.ndarray:
-    return talib.MFI(stretch.high, stretch.low, stretch.close, stretch.volume, timeperiod=14)
+    return in_blocks(stretch, 14, lambda part: talib.MFI(part.high, part.low, part.close, part.volume, 14))[0]
 
 
 def _change(bars: int) -> Callable[[Stretch], np.ndarray]:
@@ -85,7 +97,7 @@ def _position(close: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
 
 
 def _weekday(stretch: Stretch) -> np.ndarray:
-    return (stretch.open_time_ms // DAY_MS + 3) % 7.0  # 1970-01-01 was a Thursday
+    return ((stretch.open_time_ms // DAY_MS + 3) % 7).astype(float)  # 1970-01-01 was a Thursday
 
 
 H, L, C, V = "candles.high", "candles.low", "candles.close", "candles.volume"
@@ -126,8 +138,8 @@ CANDLES_49: tuple[Indicator, ...] = (
     Indicator("stoch_d", "oscillator", (H, L, C), 15, lambda s: s.stochastic[1], divided_by(100),
               "Mean of stoch_k over 3 bars"),
     Indicator("cci_20", "oscillator", (H, L, C), 19,
-              unless(lambda s: s.flat_typical(20), lambda s: talib.CCI(s.high, s.low, s.close, timeperiod=20)),
-              divided_by(200), "Distance of the typical price from its 20-bar mean, in mean deviations / 0.015"),
+              unless(lambda s: s.flat_typical(20), _cci), divided_by(200),
+              "Distance of the typical price from its 20-bar mean, in mean deviations / 0.015"),
     Indicator("williams_r_14", "oscillator", (H, L, C), 13,
               unless(lambda s: s.flat_prices(14), lambda s: talib.WILLR(s.high, s.low, s.close, timeperiod=14)),
               divided_by(100), "Distance of close below the high of 14 bars, as a share of their range: -100 to 0"),
@@ -151,11 +163,11 @@ CANDLES_49: tuple[Indicator, ...] = (
               "Middle of the 20-bar range"),
     Indicator("donchian_low", "volatility", (L,), 19, lambda s: s.donchian[2], close_above, "Lowest low of 20 bars"),
     Indicator("obv", "volume", (C, V), 0, lambda s: talib.OBV(s.close, s.volume), change_to_volume,
-              "Volume of rising less volume of falling bars, since the last gap", double=True),
+              "Volume of rising less volume of falling bars, since the last gap", input_warmup=20, double=True),
     Indicator("cmf_20", "volume", (H, L, C, V), 19, unless(lambda s: s.no_volume(20), _cmf), unchanged,
               "Volume of 20 bars weighted by where each closed in its range, -1 to 1"),
     Indicator("volume_sma_20", "volume", (V,), 19, lambda s: s.volume_sma_20, log_to_long_volume,
-              "Mean volume of 20 bars"),
+              "Mean volume of 20 bars", input_warmup=199),
     Indicator("volume_ratio", "volume", (V,), 19, lambda s: s.volume / s.volume_sma_20, log_one_plus,
               "Volume as a multiple of its 20-bar mean"),
     Indicator("vortex_pos", "vortex", (H, L, C), 14, lambda s: s.vortex[0], less(1),
@@ -178,7 +190,7 @@ CANDLES_49: tuple[Indicator, ...] = (
     Indicator("donchian_position", "derived", (H, L, C), 19, lambda s: _position(s.close, s.donchian[2], s.donchian[0]),
               less(0.5), "Where close stands in the 20-bar range: 0 lowest, 1 highest"),
     Indicator("atr_pct", "derived", (H, L, C), 14, lambda s: s.atr / s.close, log_to_own_long_mean,
-              "Average true range as a fraction of close: volatility"),
+              "Average true range as a fraction of close: volatility", input_warmup=213),
     Indicator("di_diff", "derived", (H, L, C), 14, lambda s: s.directional, divided_by(100),
               "Upward less downward directional movement: the direction of the trend"),
     Indicator("aroon_oscillator", "derived", (H, L), 25, lambda s: s.aroon[0] - s.aroon[1], divided_by(100),
@@ -188,11 +200,29 @@ CANDLES_49: tuple[Indicator, ...] = (
     Indicator("stoch_diff", "derived", (H, L, C), 15, lambda s: s.stochastic[0] - s.stochastic[1], divided_by(100),
               "stoch_k less stoch_d"),
     Indicator("candle_range", "derived", (H, L, C), 0, lambda s: (s.high - s.low) / s.close, in_units_of_atr,
-              "Height of the bar as a fraction of close"),
+              "Height of the bar as a fraction of close", input_warmup=14),
 )
 # fmt: on
 
 COLUMNS = tuple(indicator.name for indicator in CANDLES_49)
+
+
+def feature_version(registry: Sequence[Indicator] = CANDLES_49) -> str:
+    """What the stored columns are made by, such as `candles_49:0123456789ab`; another one where values may be others.
+
+    A pure function of what is declared - the name of the set; name, inputs, warm-up, precision and `version` of every
+    indicator; the rules of stretches - and of no source text. `interval` and `max_gap_bars` are the caller's, and not
+    in it. To be raised by whoever changes something:
+
+    - `Indicator.version`, when its stored values change by more than the last bits of a double: formula, parameters, a
+      mask, or a library that computes otherwise after an upgrade (tests/test_features_values.py notices);
+    - `stretch.STRETCH_VERSION`, when another bar counts as missing or as a new start;
+    - the number in FEATURE_SET beside either of them, and by itself when only a model input changes: the table stays,
+      models of before are refused.
+    """
+    declared = [[each.name, each.inputs, each.warmup, each.double, each.version] for each in registry]
+    text = json.dumps([STRETCH_VERSION, FLAT_RUN_BARS, declared])
+    return f"{FEATURE_SET.split('/')[0]}:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def compute_indicators(
@@ -207,18 +237,19 @@ def compute_indicators(
     alone, back to the last gap of more than `max_gap_bars` missing bars; what is unknown is NaN, nothing is infinite.
     Raises DataError where open_time does not rise, ValueError for an unknown interval.
     """
-    bars = bars_of(candles)
-    stretches = [(rows, bars[rows]) for rows in stretch_rows(bars, interval, max_gap_bars)]
-    values = np.full((len(bars), len(indicators)), np.nan)
+    bars = bars_of(candles, interval)
+    parts = stretches(bars, max_gap_bars)
+    values = np.full((len(indicators), len(bars)), np.nan)
     # Prices near the ends of float64 overflow, windows without information divide 0 by 0: both end as NaN below.
     with np.errstate(all="ignore"):
-        for number, indicator in enumerate(indicators):
+        for line, indicator in zip(values, indicators, strict=True):
             if indicator.inputs == (TIME,):
-                values[:, number] = indicator.compute(bars)  # the time of a bar is known whatever its prices
+                line[:] = indicator.compute(bars)  # the time of a bar is known whatever its prices
                 continue
-            for rows, stretch in stretches:
-                if len(rows) > indicator.warmup:
-                    values[rows, number] = indicator.compute(stretch)
-                    values[rows[: indicator.warmup], number] = np.nan
-    values[~np.isfinite(values)] = np.nan
-    return pd.DataFrame(values, index=candles.index, columns=[indicator.name for indicator in indicators])
+            for rows, stretch in parts:
+                if len(stretch) > indicator.warmup:
+                    known = np.array(indicator.compute(stretch))
+                    known[: indicator.warmup] = np.nan
+                    known[np.isinf(known)] = np.nan
+                    line[rows] = known
+    return pd.DataFrame(values.T, index=candles.index, columns=[each.name for each in indicators], copy=False)

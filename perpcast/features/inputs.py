@@ -4,22 +4,21 @@ Indicators are rounded as the database rounds them before anything is derived fr
 computed them and a training that reads them back see the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from perpcast.features.indicators import CANDLES_49, COLUMNS, DAY_MS, Indicator, compute_indicators
-from perpcast.features.stretch import Stretch, bars_of, stretch_rows
+from perpcast.features.indicators import CANDLES_49, DAY_MS, Indicator, compute_indicators
+from perpcast.features.stretch import Stretch, bars_of, stretches
 from perpcast.features.transforms import in_units_of_atr
 
 # The candle's own shape, in units of the average true range.
 CANDLE_SHAPE = ("candle_body", "candle_upper_wick", "candle_lower_wick")
-OBSERVED = (*(indicator.name for indicator in CANDLES_49 if indicator.model_input), *CANDLE_SHAPE)
 KNOWN = ("hour_sin", "hour_cos", "day_of_week_sin", "day_of_week_cos", "is_weekend")
 
 # Bars of history, the newest included, from which every model input equals the one from all of history.
-# Measured: 510 are enough; docs/decisions/0003 says how, tests/test_features_inputs.py measures again.
+# Measured: 500 are enough to 1e-6, 571 to the bit; docs/decisions/0003, tests/test_features_warmup.py measures again.
 WARMUP_BARS = 600
 
 # What is nearer to zero than this is the residue of a library's running sum, another one for another start of history
@@ -34,7 +33,7 @@ def rounded_as_stored(indicators: np.ndarray, registry: Sequence[Indicator] = CA
     """
     with np.errstate(over="ignore"):
         stored = indicators.astype(np.float32).astype(np.float64)
-    stored[~np.isfinite(stored)] = np.nan
+    stored[np.isinf(stored)] = np.nan
     for number, indicator in enumerate(registry):
         if indicator.double:
             stored[:, number] = indicators[:, number]
@@ -42,35 +41,48 @@ def rounded_as_stored(indicators: np.ndarray, registry: Sequence[Indicator] = CA
 
 
 def observed_inputs(
-    candles: pd.DataFrame, indicators: np.ndarray, interval: str = "15", max_gap_bars: int = 0
+    candles: pd.DataFrame,
+    indicators: np.ndarray,
+    interval: str = "15",
+    max_gap_bars: int = 0,
+    registry: Sequence[Indicator] = CANDLES_49,
 ) -> np.ndarray:
-    """The observed inputs of every bar, unscaled: float32 [n, len(OBSERVED)], NaN where unknown.
+    """The observed inputs of every bar, unscaled: float32 [n, len(observed_names(registry))], NaN where unknown.
 
-    `indicators` is [n, 49] in the order of `indicators.COLUMNS`, for the bars of `candles`; computed just now or read
-    back from the database, the result is the same.
+    `indicators` is [n, len(registry)] in that order, for the bars of `candles`; computed just now or read back from the
+    database, the result is the same.
     """
-    bars = bars_of(candles)
-    stored = rounded_as_stored(np.asarray(indicators, np.float64))
-    inputs = np.full((len(bars), len(OBSERVED)), np.nan)
+    bars = bars_of(candles, interval)
+    stored = rounded_as_stored(np.asarray(indicators, np.float64), registry).T
+    inputs = np.full((len(observed_names(registry)), len(bars)), np.nan, np.float32)
     with np.errstate(all="ignore"):
-        for rows in stretch_rows(bars, interval, max_gap_bars):
-            inputs[rows] = _stretch_inputs(bars[rows], dict(zip(COLUMNS, stored[rows].T, strict=True)))
-        inputs[np.abs(inputs) < ZERO_BELOW] = 0.0
-        inputs = inputs.astype(np.float32)
-    inputs[~np.isfinite(inputs)] = np.nan
-    return inputs
+        for rows, stretch in stretches(bars, max_gap_bars):
+            columns = {indicator.name: stored[number, rows] for number, indicator in enumerate(registry)}
+            for line, values in zip(inputs, _stretch_inputs(stretch, columns, registry), strict=True):
+                line[rows] = np.where(np.abs(values) < ZERO_BELOW, 0.0, values)
+    inputs[np.isinf(inputs)] = np.nan
+    return np.ascontiguousarray(inputs.T)
 
 
-def _stretch_inputs(stretch: Stretch, stored: dict[str, np.ndarray]) -> np.ndarray:
-    columns = [
-        indicator.model_input(stored[indicator.name], stretch, stored)
-        for indicator in CANDLES_49
-        if indicator.model_input
-    ]
-    top, bottom = np.maximum(stretch.open, stretch.close), np.minimum(stretch.open, stretch.close)
-    for length in (stretch.close - stretch.open, stretch.high - top, bottom - stretch.low):
-        columns.append(in_units_of_atr(length / stretch.close, stretch, stored))
-    return np.column_stack(columns)
+def observed_names(registry: Sequence[Indicator] = CANDLES_49) -> tuple[str, ...]:
+    """The observed inputs in their order: of every indicator but the calendar, and the candle's own shape."""
+    shape = CANDLE_SHAPE if any(indicator.name == "atr_pct" for indicator in registry) else ()
+    return (*(indicator.name for indicator in registry if indicator.model_input), *shape)
+
+
+def _stretch_inputs(
+    stretch: Stretch, stored: Mapping[str, np.ndarray], registry: Sequence[Indicator]
+) -> Iterator[np.ndarray]:
+    for indicator in registry:
+        if indicator.model_input:
+            yield indicator.model_input(stored[indicator.name], stretch, stored)
+    if "atr_pct" in stored:
+        top, bottom = np.maximum(stretch.open, stretch.close), np.minimum(stretch.open, stretch.close)
+        for length in (stretch.close - stretch.open, stretch.high - top, bottom - stretch.low):
+            yield in_units_of_atr(length / stretch.close, stretch, stored)
+
+
+OBSERVED = observed_names()
 
 
 def known_inputs(open_time_ms: np.ndarray) -> np.ndarray:

@@ -6,13 +6,13 @@ and a value at bar t may not depend on what comes after t.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import talib
-from numpy.lib.stride_tricks import sliding_window_view
 from ta.trend import IchimokuIndicator, VortexIndicator
 from ta.volatility import DonchianChannel
 
@@ -20,10 +20,18 @@ from perpcast.errors import DataError
 from perpcast.market import FLAT_RUN_BARS
 from perpcast.timeframe import format_time, interval_ms
 
+# To be raised when another bar counts as missing, or as the first of a stretch (`indicators.feature_version`).
+STRETCH_VERSION = 1
+
 PRICES = ("open", "high", "low", "close")
 
 # Typical prices are sums: relative differences below this are their rounding. TA-Lib's MFI too takes them for none.
 ROUNDING = 1e-12
+
+# TA-Lib's running sums begin anew at every multiple of this many bars of the calendar.
+BLOCK_BARS = 512
+
+Rows = slice | np.ndarray  # a slice where the rows are neighbours: numpy then copies nothing
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Stretch:
     The `flat_` and `no_` masks, bool [n], are True where that held for every one of the last `bars` bars.
     """
 
+    step_ms: int
     open_time_ms: np.ndarray  # int64
     open: np.ndarray  # float64, as the rest
     high: np.ndarray
@@ -43,9 +52,8 @@ class Stretch:
     def __len__(self) -> int:
         return len(self.close)
 
-    def __getitem__(self, rows: np.ndarray) -> "Stretch":
-        columns = (self.open_time_ms, self.open, self.high, self.low, self.close, self.volume)
-        return Stretch(*(column[rows] for column in columns))
+    def __getitem__(self, rows: Rows) -> "Stretch":
+        return Stretch(self.step_ms, *(getattr(self, field.name)[rows] for field in fields(self)[1:]))
 
     @cached_property
     def series(self) -> dict[str, pd.Series]:
@@ -61,7 +69,7 @@ class Stretch:
     def bollinger(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Upper, middle, lower band (20, 2 population deviations); one line where the closes are flat."""
         flat = self.flat_closes(20)
-        bands = talib.BBANDS(self.close, timeperiod=20, nbdevup=2, nbdevdn=2)
+        bands = in_blocks(self, 19, lambda part: talib.BBANDS(part.close, timeperiod=20, nbdevup=2, nbdevdn=2))
         upper, middle, lower = (np.where(flat, self.close, band) for band in bands)
         return upper, middle, lower
 
@@ -75,7 +83,7 @@ class Stretch:
     @cached_property
     def stochastic(self) -> tuple[np.ndarray, np.ndarray]:
         """%K and %D (14, 3); TA-Lib gives both from the bar on at which %D exists."""
-        k, d = talib.STOCHF(self.high, self.low, self.close, fastk_period=14, fastd_period=3, fastd_matype=0)
+        k, d = in_blocks(self, 15, lambda part: talib.STOCHF(part.high, part.low, part.close, 14, 3, 0))
         flat = self.flat_prices(14)
         before = np.concatenate(([False, False], flat))[: len(flat) + 2]
         return _unless(flat, k), _unless(flat | before[1:-1] | before[:-2], d)
@@ -124,12 +132,8 @@ class Stretch:
 
     @cached_property
     def volume_sma_20(self) -> np.ndarray:
-        """Mean volume of 20 bars, summed anew for each: volumes have few digits, their mean often lies half-way between
-        two REAL values, and there the residue of a running sum would decide, which is another one in live and batch."""
-        mean = np.full(len(self), np.nan)
-        if len(self) >= 20:
-            mean[19:] = sliding_window_view(self.volume, 20).mean(axis=1)
-        return mean
+        """Mean volume of 20 bars."""
+        return window_sum(self.volume, 20) / 20
 
     @cached_property
     def true_range(self) -> np.ndarray:
@@ -168,6 +172,38 @@ class Stretch:
         return _highest(np.where(moved, self.volume, 0.0), bars) == 0
 
 
+def in_blocks(stretch: Stretch, warmup: int, compute: Callable[[Stretch], np.ndarray]) -> np.ndarray:
+    """What `compute` makes of a stretch, [outputs, n], with a fresh start at every BLOCK_BARS bars of the calendar.
+
+    For results that need the `warmup` bars before their own and no others, which TA-Lib nevertheless computes from sums
+    that run through the whole history: each bar that ever passed leaves a residue of 1e-14 or so, and now and then that
+    decides how a REAL is rounded. In blocks live and batch have the same residue, however far back their history goes.
+    """
+    block = stretch.open_time_ms // (BLOCK_BARS * stretch.step_ms)
+    edges = [0, *(np.flatnonzero(np.diff(block)) + 1), len(stretch)]
+    parts = []
+    for first, end in pairwise(edges):
+        begin = max(first - warmup, 0)
+        parts.append(np.atleast_2d(compute(stretch[begin:end]))[:, first - begin :])
+    return np.concatenate(parts, axis=1)
+
+
+def window_sum(values: np.ndarray, bars: int, every: int = 1) -> np.ndarray:
+    """Sum of the newest of `values`, the one `every` bars before it, and so on: `bars` of them, float64 [n].
+
+    NaN where one of them is. Each sum is made anew, in one order: as no running sum is, it is the same to the bit
+    whatever stands before it. That counts most for volumes: they have few digits, their mean often lies half-way
+    between two REAL values, and there a residue would decide.
+    """
+    total = np.full(len(values), np.nan)
+    reach = (bars - 1) * every
+    if len(values) > reach:
+        total[reach:] = values[: len(values) - reach]
+        for back in range(reach - every, -1, -every):
+            total[reach:] += values[reach - back : len(values) - back]
+    return total
+
+
 def _highest(values: np.ndarray, bars: int) -> np.ndarray:
     return talib.MAX(values, timeperiod=bars)
 
@@ -185,12 +221,13 @@ def unless(mask: Callable[[Stretch], np.ndarray], compute: Callable[[Stretch], n
     return lambda stretch: _unless(mask(stretch), compute(stretch))
 
 
-def bars_of(candles: pd.DataFrame) -> Stretch:
+def bars_of(candles: pd.DataFrame, interval: str) -> Stretch:
     """The columns of a DataFrame of candles as arrays, gaps and all, whatever its index.
 
     `open_time` is a column (or the index of that name): timestamps, without a zone taken as UTC, or integer
-    milliseconds. Raises DataError where it does not rise from row to row.
+    milliseconds. Raises DataError where it does not rise from row to row, ValueError for an unknown interval.
     """
+    step_ms = interval_ms(interval)
     times = candles.get("open_time", candles.index)
     if pd.api.types.is_integer_dtype(times.dtype) and len(times):
         open_time_ms = times.to_numpy(np.int64)
@@ -203,22 +240,32 @@ def bars_of(candles: pd.DataFrame) -> Stretch:
             f"candles must be in order of open_time, each bar once: row {row} is {_name_time(open_time_ms[row])}, "
             f"the row before it is {_name_time(open_time_ms[row - 1])}"
         )
-    return Stretch(open_time_ms, *(candles[name].to_numpy(np.float64) for name in (*PRICES, "volume")))
+    columns = (candles[name].to_numpy(np.float64) for name in (*PRICES, "volume"))
+    return Stretch(step_ms, open_time_ms, *columns)
 
 
 def _name_time(time_ms: int) -> str:
     return "no time" if time_ms < 0 else format_time(int(time_ms))
 
 
-def stretch_rows(bars: Stretch, interval: str, max_gap_bars: int = 0) -> list[np.ndarray]:
-    """Row numbers of each gap-free stretch, oldest first; rows that are in none are missing bars."""
-    prices = np.column_stack([getattr(bars, name) for name in PRICES])
-    sound = np.isfinite(prices).all(axis=1) & (prices > 0).all(axis=1) & np.isfinite(bars.volume) & (bars.volume >= 0)
+def stretches(bars: Stretch, max_gap_bars: int = 0) -> list[tuple[Rows, Stretch]]:
+    """Each gap-free stretch of `bars` and its rows there, oldest first; rows that are in none are missing bars."""
+    sound = np.isfinite(bars.volume) & (bars.volume >= 0)
+    for name in PRICES:
+        price = getattr(bars, name)
+        sound &= np.isfinite(price) & (price > 0)
     flat = sound & (bars.high == bars.low) & (bars.volume == 0)
     rows = np.arange(len(bars))
     flat_bars = rows - np.maximum.accumulate(np.where(flat, -1, rows)) if len(rows) else rows
     run_over = flat & (flat_bars >= FLAT_RUN_BARS)
     kept = np.flatnonzero(sound & ~run_over)
-    far = np.diff(bars.open_time_ms[kept]) > interval_ms(interval) * (1 + max_gap_bars)
+    far = np.diff(bars.open_time_ms[kept]) > bars.step_ms * (1 + max_gap_bars)
     runs_before = np.cumsum(run_over)[kept]
-    return [part for part in np.split(kept, np.flatnonzero(far | (np.diff(runs_before) > 0)) + 1) if len(part)]
+    parts = np.split(kept, np.flatnonzero(far | (np.diff(runs_before) > 0)) + 1)
+    places = [_neighbours(part) for part in parts if len(part)]
+    return [(place, bars[place]) for place in places]
+
+
+def _neighbours(rows: np.ndarray) -> Rows:
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first == len(rows) - 1 else rows

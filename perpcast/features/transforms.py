@@ -7,9 +7,8 @@ returns float64 [n]; NaN where it cannot be told, and never a value that needs a
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import talib
 
-from perpcast.features.stretch import Stretch
+from perpcast.features.stretch import Stretch, window_sum
 
 Stored = Mapping[str, np.ndarray]
 Transform = Callable[[np.ndarray, Stretch, Stored], np.ndarray]
@@ -75,16 +74,11 @@ def log_to_own_long_mean(x: np.ndarray, stretch: Stretch, stored: Stored) -> np.
 
 def change_to_volume(x: np.ndarray, stretch: Stretch, stored: Stored) -> np.ndarray:
     """change over 20 bars / (20 * volume_sma_20)"""
-    change = np.full(len(x), np.nan)
-    change[OBV_CHANGE_BARS:] = x[OBV_CHANGE_BARS:] - x[:-OBV_CHANGE_BARS]
-    return change / (OBV_CHANGE_BARS * stored["volume_sma_20"])
+    # From the volumes themselves: the difference of two long sums would keep the residue of what went before both.
+    signs = np.sign(np.diff(stretch.close, prepend=np.nan))
+    return window_sum(signs * stretch.volume, OBV_CHANGE_BARS) / (OBV_CHANGE_BARS * stored["volume_sma_20"])
 
 
 def _long_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over LONG_MEAN_BARS; TA-Lib is handed the rows from the first value on, one NaN would poison the rest."""
-    mean = np.full(len(values), np.nan)
-    known = np.isfinite(values)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], known.view(np.int8), [0]))))
-    for first, end in zip(edges[::2], edges[1::2], strict=True):
-        mean[first:end] = talib.SMA(values[first:end], timeperiod=LONG_MEAN_BARS)
-    return mean
+    """Mean over LONG_MEAN_BARS, NaN where one of them is: sums of sums of 20 bars, each made anew."""
+    return window_sum(window_sum(values, 20), LONG_MEAN_BARS // 20, every=20) / LONG_MEAN_BARS
