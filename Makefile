@@ -28,7 +28,7 @@ bench: .venv/.dev
 	$(PYTHON) -m benchmarks
 
 soak: .venv/.dev
-	$(PYTHON) -m pytest --soak
+	$(PYTHON) -m pytest --soak -n 2 --dist loadfile
 
 # The lock files hold hashes and no host names; uv.lock holds host names and stays out of git.
 lock:

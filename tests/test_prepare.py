@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 from sqlalchemy.engine import make_url
 
+import prepare_dataset
 from perpcast.config import load_settings
 from perpcast.database import (
     Database,
@@ -25,7 +27,8 @@ from perpcast.database import (
 )
 from perpcast.errors import DataError, MissingInputError
 from perpcast.exit_policy import ExitPolicy, Labels, label_trades
-from perpcast.features.indicators import COLUMNS, compute_indicators
+from perpcast.features.indicators import CANDLES_49, COLUMNS, compute_indicators
+from perpcast.features.leak import planted_leak
 from perpcast.market import SIDES, CandleSeries
 from perpcast.prepare import label_candles, prepare, process_candles
 from perpcast.timeframe import format_time
@@ -327,3 +330,43 @@ def test_script_reports_base_rates_and_what_is_absent(database: Database, tmp_pa
     )
     assert "take_profit" in printed
     assert "mean return" in printed
+
+
+def check(database: Database, folder: Path, monkeypatch: pytest.MonkeyPatch, symbols: list[str]) -> Result:
+    """prepare_dataset.py --check in this process."""
+    arguments, environment = configuration(database, folder, symbols)
+    if "PERPCAST_DB_PASSWORD" in environment:
+        monkeypatch.setenv("PERPCAST_DB_PASSWORD", environment["PERPCAST_DB_PASSWORD"])
+    return CliRunner().invoke(prepare_dataset.main, ["--check", *arguments])
+
+
+def test_check_finds_no_leak_and_the_planted_one(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert_candles(database, "BTCUSDT", series(market(900)))
+    ran = check(database, tmp_path, monkeypatch, ["BTCUSDT", "ETHUSDT"])
+    assert ran.exit_code == 0, ran.output
+    assert "0 leaks; a planted leak was found on 1" in " ".join(ran.output.split())
+    assert len(read_processed(database, "BTCUSDT")) == 0, "a check computes nothing"
+
+
+def test_check_names_an_indicator_that_sees_the_future(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upsert_candles(database, "BTCUSDT", series(market(900)))
+    leaking = planted_leak()
+    monkeypatch.setattr(prepare_dataset, "CANDLES_49", [leaking])
+    ran = check(database, tmp_path, monkeypatch, ["BTCUSDT"])
+    assert ran.exit_code == 1
+    assert f"error: {leaking.name} depend on the future" in ran.stderr
+    monkeypatch.setattr(prepare_dataset, "planted_leak", lambda: CANDLES_49[0])
+    monkeypatch.setattr(prepare_dataset, "CANDLES_49", CANDLES_49[:1])
+    ran = check(database, tmp_path, monkeypatch, ["BTCUSDT"])
+    assert (ran.exit_code, "it has shown nothing there" in ran.stderr) == (1, True)
+
+
+def test_check_without_candles_says_what_to_run_first(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = check(database, tmp_path, monkeypatch, ["BTCUSDT"])
+    assert (ran.exit_code, "run python download_data.py first" in ran.stderr) == (2, True)
