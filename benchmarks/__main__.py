@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import download
+from benchmarks import download, prepare
 from perpcast.config import load_settings
 from perpcast.exit_policy import ExitPolicy, label_sides
 from perpcast.features.indicators import compute_indicators
@@ -63,6 +63,26 @@ def labels(candles: CandleSeries) -> tuple[float, float]:
                 trade(window, side, policies[side], adverse_first=False)
 
     return ours, plain / seconds(by_reference, 1)
+
+
+def panel_labels(*, ambiguous: bool) -> float:
+    """Bar-sides per second over a year of 51 symbols: the recorded panel where it is, else synthetic."""
+    from tests.recorded import CANDLES, recorded_candles
+
+    panel = CANDLES / "binance_usdm_15m_panel51_1y"
+    if panel.exists():
+        frames = [recorded_candles(f"{panel.name}/{path.stem}") for path in sorted(panel.glob("*.parquet"))]
+        prices = [tuple(frame[name].to_numpy(float) for name in ("open", "high", "low", "close")) for frame in frames]
+    else:
+        candles = year_of_candles()
+        prices = [(candles.open, candles.high, candles.low, candles.close)] * 51
+    policies = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
+
+    def work() -> None:
+        for opens, highs, lows, closes in prices:
+            label_sides(opens, highs, lows, closes, policies, ambiguous=ambiguous)
+
+    return 2 * sum(len(opens) for opens, *_ in prices) / seconds(work)
 
 
 def indicators(candles: CandleSeries) -> tuple[float, float]:
@@ -182,15 +202,26 @@ def main() -> None:
         ("prediction, 51 symbols", "windows/s", "Keras predict", inference),
     ]
     table = Table("benchmark", "unit", "ours", "peer", "peer's", "ratio")
+    plain_seconds_a_bar = 0.0
     with console.status("measuring") as status:
         for name, unit, peer, measure in rows:
             status.update(f"measuring: {name}")
             ours, theirs = measure()
             table.add_row(name, unit, f"{ours:,.0f}", peer, f"{theirs:,.0f}", f"{ours / theirs:,.1f} x")
+            if unit != "windows/s":
+                plain_seconds_a_bar += 1 / theirs
+        for ambiguous in (True, False):
+            status.update("measuring: labels of 51 symbols")
+            name = f"labels of 51 symbols, a year, {'with' if ambiguous else 'without'} `ambiguous`"
+            table.add_row(name, "bar-sides/s", f"{panel_labels(ambiguous=ambiguous):,.0f}", "", "", "")
     console.print(table)
-    with console.status("measuring: download (two minutes)"):
-        downloads = download.measure()
-    console.print(downloads)
+    for title, measure_table in (
+        ("prepare (three minutes)", lambda: prepare.measure(plain_seconds_a_bar)),
+        ("download (two minutes)", download.measure),
+    ):
+        with console.status(f"measuring: {title}"):
+            found = measure_table()
+        console.print(found)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def clean_exit() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal terminated
         terminated = True
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a script
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)  # an event loop ends its tasks in order on this one alone
 
     before = signal.signal(signal.SIGTERM, terminate)

@@ -3,6 +3,7 @@ two budgets: `pytest` takes every case once, `pytest --soak` many times, and wri
 
 A test marked `soak(25)` draws all that it leaves to chance from `seed`: 0, and in a soak 0 to 24."""
 
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Where the tests were started in the background, Ctrl-C is ignored; what they start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "once")
 
 

@@ -136,3 +136,20 @@ def test_reader_that_has_seen_enough_is_no_error() -> None:
     with pytest.raises(SystemExit) as ended, clean_exit():
         raise FileNotFoundError(2, "No such file or directory", "gone.txt")
     assert ended.value.code == 1
+
+
+def test_termination_reaches_a_command_that_ignores_ctrl_c() -> None:
+    """As a script's background job does: SIGTERM still ends it, with its own exit code."""
+    program = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from perpcast.command_line import clean_exit\n"
+        "with clean_exit():\n    print('ready', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, complaint = process.communicate(timeout=30)
+    assert (process.returncode, complaint) == (143, "error: terminated; run the same command again to go on\n")

@@ -302,6 +302,20 @@ def _start(place: _Place, address: DatabaseAddress) -> None:
     create_database(replace(address, password=address.password or _read_password(place)))
 
 
+def _make_empty(folder: Path) -> None:
+    """An empty folder; the `initdb` of a command that was killed may still be writing into it for a moment."""
+    deadline = time.monotonic() + 10
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(mode=0o700)
+            return
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 def _make_data(place: _Place, address: DatabaseAddress) -> None:
     """A new data folder, made aside and renamed, so that a killed `initdb` leaves nothing that looks like one."""
     if place.data != place.directory:
@@ -310,8 +324,7 @@ def _make_data(place: _Place, address: DatabaseAddress) -> None:
         raise DatabaseUnavailableError(f"{place.data} holds files, but no PostgreSQL data; move them away")
     password = address.password or _read_password(place) or secrets.token_urlsafe(24)
     aside = place.data.with_name(place.data.name + ".new")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(mode=0o700)
+    _make_empty(aside)
     handed_over = aside.with_name(aside.name + ".password")
     handed_over.unlink(missing_ok=True)
     with os.fdopen(os.open(handed_over, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
