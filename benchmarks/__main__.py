@@ -3,6 +3,7 @@
 A ratio compares two ways in one run on one machine; the absolute numbers are this machine's at this moment.
 """
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -193,7 +194,7 @@ def inference() -> tuple[float, float]:
 @click.command(epilog="\b\nExample:\n  make bench")
 def main() -> None:
     """Measure the parts that are meant to be fast, each beside the plain way."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     candles = year_of_candles()
     rows: list[tuple[str, str, str, Callable[[], tuple[float, float]]]] = [
         ("labels, both sides", "bars/s", "plain Python", lambda: labels(candles)),

@@ -5,7 +5,6 @@ rows by pandas.to_sql; timed on a part of one symbol, extrapolated.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.download import BARS, NOW_MS, SYMBOLS, Place, postgres
+from benchmarks.download import BARS, NOW_MS, SYMBOLS, Place, peak_mb, postgres
 from perpcast.config import load_settings
 from perpcast.database import migrate, open_engine, upsert_candles
 from perpcast.exit_policy import ExitPolicy
@@ -73,7 +72,7 @@ def _main(task: str) -> None:
     cost = {
         "wall": time.perf_counter() - begun,
         "cpu": time.process_time() - cpu,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024),
+        "peak_mb": peak_mb(),
     }
     print(json.dumps(cost))
     engine.dispose()
