@@ -126,10 +126,9 @@ def remove_server(directory: Path) -> None:
     """Ends the embedded server of `directory` and deletes its data: for the servers of tests and demos."""
     stop_server(directory)
     place = _place(directory)
-    unfinished = place.data.with_name(place.data.name + ".new")
-    for folder in (place.data, unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in (place.password, unfinished.with_name(unfinished.name + ".password"), place.record, place.lock):
+    _remove_unfinished(place)
+    shutil.rmtree(place.data, ignore_errors=True)
+    for path in (place.password, place.record, place.lock):
         path.unlink(missing_ok=True)
 
 
@@ -302,18 +301,17 @@ def _start(place: _Place, address: DatabaseAddress) -> None:
     create_database(replace(address, password=address.password or _read_password(place)))
 
 
-def _make_empty(folder: Path) -> None:
-    """An empty folder; the `initdb` of a command that was killed may still be writing into it for a moment."""
-    deadline = time.monotonic() + 10
-    while True:
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            folder.mkdir(mode=0o700)
-            return
-        except FileExistsError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+def _remove_unfinished(place: _Place) -> None:
+    """What starts that were killed have left behind."""
+    if not place.data.parent.exists():
+        return
+    for left in place.data.parent.iterdir():
+        if not left.name.startswith(f"{place.data.name}.new"):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _make_data(place: _Place, address: DatabaseAddress) -> None:
@@ -323,10 +321,11 @@ def _make_data(place: _Place, address: DatabaseAddress) -> None:
     if place.data.exists() and any(place.data.iterdir()):
         raise DatabaseUnavailableError(f"{place.data} holds files, but no PostgreSQL data; move them away")
     password = address.password or _read_password(place) or secrets.token_urlsafe(24)
-    aside = place.data.with_name(place.data.name + ".new")
-    _make_empty(aside)
+    _remove_unfinished(place)
+    # A name of its own: the `initdb` of a command that was killed may go on for a moment, and clean up behind itself.
+    aside = place.data.with_name(f"{place.data.name}.new-{secrets.token_hex(4)}")
+    aside.mkdir(mode=0o700)
     handed_over = aside.with_name(aside.name + ".password")
-    handed_over.unlink(missing_ok=True)
     with os.fdopen(os.open(handed_over, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(password)
     if place.user is not None:
