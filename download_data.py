@@ -17,13 +17,13 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from perpcast.command_line import console, open_database, stage
+from perpcast.command_line import console, instant, notice, open_database, stage
 from perpcast.config import Settings, symbols_from_text
 from perpcast.database import Database
 from perpcast.download import DownloadSummary, Wanted, download
 from perpcast.errors import PerpcastError
 from perpcast.exchange import BybitClient, hosts_of
-from perpcast.timeframe import format_time, parse_time, to_ms
+from perpcast.timeframe import format_time
 
 ROWS_SHOWN = 20
 GAPS = {
@@ -36,13 +36,7 @@ GAPS = {
 LINE_SECONDS = 3.0  # between lines of progress
 
 
-def _instant(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    try:
-        return None if text is None else to_ms(parse_time(text))
-    except ValueError:
-        raise click.BadParameter(
-            f"expected a date or time such as 2024-01-01 or 2024-01-01T06:00, received {text!r}"
-        ) from None
+_INSTANT = instant("a date or time such as 2024-01-01 or 2024-01-01T06:00")
 
 
 @click.command(
@@ -54,9 +48,9 @@ Examples:
   python download_data.py --verify                                 ... then compare 200 pages with the exchange
 """
 )
-@click.option("--from", "from_ms", callback=_instant, metavar="TIME", help="First bar, UTC, instead of counting days.")
+@click.option("--from", "from_ms", callback=_INSTANT, metavar="TIME", help="First bar, UTC, instead of counting days.")
 @click.option(
-    "--to", "to_ms", callback=_instant, metavar="TIME", help="Up to this time, UTC.  [default: newest closed bar]"
+    "--to", "to_ms", callback=_INSTANT, metavar="TIME", help="Up to this time, UTC.  [default: newest closed bar]"
 )
 @click.option("--days", type=click.IntRange(min=1), help="Days before the end.  [default: data_download.days]")
 @click.option("--symbols", metavar="A,B,...", help="These only.  [default: data_download.symbols]")
@@ -166,7 +160,7 @@ class DownloadDisplay:
 
     def notice(self, text: str) -> None:
         """A line above the bars."""
-        console.print(f"note: {text}", markup=False)
+        notice(text)
 
 
 def _report(summary: DownloadSummary, wanted: Wanted, client: BybitClient, seconds: float) -> None:

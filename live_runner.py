@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from perpcast.bundle import Bundle, load_bundle
-from perpcast.command_line import console, open_database, progress_bar, stage
+from perpcast.command_line import console, notice, open_database, progress_bar, stage
 from perpcast.config import Settings
 from perpcast.database import Database, ModelRecord, read_models
 from perpcast.errors import ConfigError, MissingInputError, SetupError
@@ -150,7 +150,7 @@ async def trade(settings: Settings, plan: Plan, journal: DatabaseJournal) -> str
     """Runs the session to its end; returns its name."""
     jitter = np.random.default_rng()
     interval = settings.data_download.interval
-    async with BybitClient(plan.hosts.rest_url, jitter=jitter, on_notice=_notice) as client:
+    async with BybitClient(plan.hosts.rest_url, jitter=jitter, on_notice=notice) as client:
         now_ms = floor_ms(await client.fetch_server_time_ms(), plan.step_ms)
         instruments = listed(await client.fetch_instruments(), plan.symbols)
         run = choose_session(journal, plan.prefix, plan.terms, now_ms, plan.bars)
@@ -243,10 +243,6 @@ def summary_rows(summary: SessionSummary) -> list[tuple[str, str]]:
         ("equity", f"{summary.equity:,.2f} USDT ({summary.total_return:+.2%})"),
         ("largest drawdown", f"{summary.max_drawdown:.2%}"),
     ]
-
-
-def _notice(text: str) -> None:
-    console.print(f"note: {text}", markup=False)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def check_leaks(settings: Settings) -> None:
     Raises PerpcastError where an indicator leaks, or where the check did not bite.
     """
     wanted, max_gap_bars = settings.data_download, settings.dataset.max_gap_bars
-    begun, leaks, blind, checked = time.monotonic(), [], [], []
+    begun, leaks, blind = time.monotonic(), [], []
     with open_database(settings) as database, progress_bar("symbols") as on_progress:
         spans = read_candle_spans(database)
         present = [symbol for symbol in wanted.symbols if symbol in spans]
@@ -81,9 +81,8 @@ def check_leaks(settings: Settings) -> None:
             leaks += [(symbol, leak) for leak in check_indicators(candles, CANDLES_49, wanted.interval, max_gap_bars)]
             if not check_indicators(candles, [planted_leak()], wanted.interval, max_gap_bars):
                 blind.append(symbol)
-            checked.append(symbol)
             on_progress(number, len(present))
-    if not checked:
+    if not present:
         raise MissingInputError("no candles of any configured symbol are stored: run python download_data.py first")
     table = Table("symbol", "indicator", "of", "test", "future changed from", "value changed at", "by")
     for symbol, leak in leaks:
@@ -93,8 +92,8 @@ def check_leaks(settings: Settings) -> None:
         console.print(table)
     seconds = time.monotonic() - begun
     console.print(
-        f"{len(CANDLES_49)} indicators and their model inputs on {len(checked)} symbols, {seconds:.0f} s: future cut "
-        f"off, changed and appended; {len(leaks)} leaks; a planted leak was found on {len(checked) - len(blind)}"
+        f"{len(CANDLES_49)} indicators and their model inputs on {len(present)} symbols, {seconds:.0f} s: future cut "
+        f"off, changed and appended; {len(leaks)} leaks; a planted leak was found on {len(present) - len(blind)}"
     )
     if leaks:
         names = sorted({leak.name for _, leak in leaks})

@@ -31,6 +31,7 @@ from perpcast.database import (
 )
 from perpcast.errors import PerpcastError
 from perpcast.kill_point import arm
+from perpcast.timeframe import parse_time, to_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -140,6 +141,23 @@ def open_database(settings: Settings, *, initialize: bool = False) -> Iterator[D
             migrate(engine)
         check_schema(engine)
         yield engine
+
+
+def instant(expected: str) -> Callable[[click.Context, click.Parameter, str | None], int | None]:
+    """A callback for a click option that takes a time of UTC, in milliseconds; `expected` is how one looks."""
+
+    def to_instant(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+        try:
+            return None if text is None else to_ms(parse_time(text))
+        except ValueError:
+            raise click.BadParameter(f"expected {expected}, received {text!r}") from None
+
+    return to_instant
+
+
+def notice(text: str) -> None:
+    """Something that a person should know meanwhile, on a line of its own."""
+    console.print(f"note: {text}", markup=False)
 
 
 @contextmanager

@@ -93,6 +93,15 @@ def flat_run_mask(high: np.ndarray, low: np.ndarray, volume: np.ndarray) -> np.n
     return mask
 
 
+def is_of_other_interval(open_time_ms: np.ndarray, step_ms: int) -> bool:
+    """Whether bars at these times [n], in order, are those of another interval: most of their distances are shorter
+    than `step_ms`, or all of eight and more are longer. Bars do not name their interval; a few odd ones prove nothing.
+    """
+    steps = np.diff(open_time_ms)
+    steps = steps[steps > 0]
+    return bool((len(steps) > 0 and np.median(steps) < step_ms) or (len(steps) >= 8 and (steps > step_ms).all()))
+
+
 @dataclass(frozen=True, slots=True)
 class Instrument:
     """The exchange's rules for one symbol; they change, and are read again before they are relied on."""

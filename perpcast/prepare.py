@@ -8,6 +8,7 @@ revised candles, another exit policy or another indicator all end in the table t
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from hashlib import sha256
 
 import numpy as np
@@ -92,7 +93,7 @@ class _Recipe:
     policies: Mapping[Side, ExitPolicy]
     max_gap_bars: int
 
-    @property
+    @cached_property
     def version(self) -> str:
         """Changes with everything but the candles that a row depends on."""
         policies = {side: self.policies[side].to_json() for side in SIDES}
@@ -105,8 +106,7 @@ class _Recipe:
         Indicators look back only, as far as their stretch reaches: everything from the first changed candle on is
         outdated. Labels look ahead: so are the last rows before it.
         """
-        version = self.version
-        made_of = {month.candles.month_ms: month.candles for month in stored if month.version == version}
+        made_of = {month.candles.month_ms: month.candles for month in stored if month.version == self.version}
         changed = [month.month_ms for month in candles if made_of.get(month.month_ms) != month]
         changed += {month.candles.month_ms for month in stored} - {month.month_ms for month in candles}
         if not changed:
@@ -137,14 +137,14 @@ def _prepare_symbol(
     except DataError as error:
         raise DataError(f"{symbol}: {error}") from None
     first = int(np.searchsorted(candles.open_time_ms, start_ms))
-    months = {}
-    for month, rows in _rows_by_month(candles, [month for month in candle_months if month.month_ms >= start_ms]):
-        quality = measure(candles, processed.indicators, processed.labels, rows)
-        months[month.month_ms] = (ProcessedMonth(month, recipe.version, quality.to_json()), quality)
-    ledger = [row for row, _ in months.values()]
+    new = {
+        month: measure(candles, processed.indicators, processed.labels, rows)
+        for month, rows in _rows_by_month(candles, [month for month in candle_months if month.month_ms >= start_ms])
+    }
+    ledger = [ProcessedMonth(month, recipe.version, quality.to_json()) for month, quality in new.items()]
     replace_processed(database, symbol, processed[first:], ledger, start_ms)
-    new = {month: quality for month, (_, quality) in months.items()}
-    return PreparedSymbol(symbol, kept | new, start_ms, len(candles) - first)
+    months = kept | {month.month_ms: quality for month, quality in new.items()}
+    return PreparedSymbol(symbol, months, start_ms, len(candles) - first)
 
 
 def _rows_by_month(candles: CandleSeries, months: Sequence[CandleMonth]) -> Iterator[tuple[CandleMonth, slice]]:

@@ -86,17 +86,18 @@ def measure(
     candles: CandleSeries, indicators: np.ndarray, labels: Mapping[Side, Labels], rows: slice = slice(None)
 ) -> Quality:
     """The quality of some rows of one symbol: candles [n], indicators [n, columns], labels [n] of both sides."""
-    close, volume = candles.close, candles.volume
-    move = np.abs(np.diff(np.log(close), prepend=np.nan))
-    same = np.ones(len(candles), bool)
-    for column in (candles.open, candles.high, candles.low, close, volume):
-        same &= np.diff(column, prepend=np.nan) == 0
+    first, end, _ = rows.indices(len(candles))
+    seen = candles[max(first - 1, 0) : end]  # with the bar before, which only the comparisons need
+    moved = np.abs(np.diff(np.log(seen.close)))
+    same = seen.volume[1:] > 0
+    for column in (seen.open, seen.high, seen.low, seen.close, seen.volume):
+        same &= np.diff(column) == 0
     return Quality(
-        bars=len(close[rows]),
+        bars=end - first,
         complete=int(np.isfinite(indicators[rows]).all(axis=1).sum()),
-        large_moves=int((move[rows] > np.log1p(LARGE_MOVE)).sum()),
-        without_volume=int((volume[rows] == 0).sum()),
-        repeated=int((same & (volume > 0))[rows].sum()),
+        large_moves=int((moved > np.log1p(LARGE_MOVE)).sum()),
+        without_volume=int((candles.volume[rows] == 0).sum()),
+        repeated=int(same.sum()),
         sides={side: _measure_side(labels[side], rows) for side in SIDES},
     )
 

@@ -172,6 +172,17 @@ class Stage:
             }
 
 
+def undisturbed_tables(server: DatabaseAddress, folder: Path, exchange: "SmallExchange") -> Tables:
+    """What one run on a new database stores."""
+    with stage(server, folder, exchange.section) as own:
+        result = own.run()
+        assert result.exit_code == 0, result.stderr
+        tables = own.tables()
+    assert gaps_by_bar(tables) == GAPS
+    assert tables["funding_rates"]
+    return tables
+
+
 @contextmanager
 def stage(
     server: DatabaseAddress, folder: Path, exchange: Mapping[str, str], **sections: dict[str, Any]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ from tests.download_world import (
     recorded,
     small_exchange,
     stage,
+    undisturbed_tables,
 )
 from tests.tcp_proxy import TcpProxy
 
@@ -98,12 +100,7 @@ def exchange() -> Iterator[SmallExchange]:
 
 @pytest.fixture(scope="module")
 def undisturbed(postgres: DatabaseAddress, exchange: SmallExchange, tmp_path_factory: pytest.TempPathFactory) -> Tables:
-    """What one run stores."""
-    with stage(postgres, tmp_path_factory.mktemp("undisturbed"), exchange.section) as new:
-        run(new)
-        tables = new.tables()
-    assert gaps_by_bar(tables) == GAPS
-    return tables
+    return undisturbed_tables(postgres, tmp_path_factory.mktemp("undisturbed"), exchange)
 
 
 @pytest.fixture
@@ -583,7 +580,7 @@ needs_mount = pytest.mark.skipif(
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
     """A file system of 120 MB where the server's user can reach it; `folder/disk` below a folder that is not small."""
-    folder = Path(f"/tmp/perpcast-disk-{os.getpid()}")
+    folder = Path(tempfile.gettempdir()) / f"perpcast-disk-{os.getpid()}"
     disk = folder / "disk"
     disk.mkdir(parents=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=120m,mode=755", "tmpfs", str(disk)]

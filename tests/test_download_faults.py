@@ -21,7 +21,7 @@ from sqlalchemy import text
 from perpcast.database import Database, DatabaseAddress
 from perpcast.download import SETTLE_MS, DownloadSummary, Wanted, download
 from perpcast.errors import ExchangeUnavailableError, RefusedError, SetupError
-from perpcast.exchange import BybitClient
+from perpcast.exchange import BybitClient, rate_limit
 from perpcast.exchange.client import BAN_SECONDS
 from perpcast.simulator import faults
 from perpcast.simulator.clock import SteppedClock
@@ -77,12 +77,11 @@ class Watch:
 async def fetched(
     rest_url: str, database: Database, watch: Watch | None = None, *, symbols: Sequence[str] = SYMBOLS, **options: Any
 ) -> DownloadSummary:
-    """A download of everything from START on; of the options, the client's begin with `client_`."""
+    """A download of everything from START on."""
     rng, watch = np.random.default_rng(1), watch or Watch()
-    clients = {key.removeprefix("client_"): options.pop(key) for key in [*options] if key.startswith("client_")}
     local_time_ms = options.pop("local_time_ms", None)
     wanted = Wanted(tuple(symbols), "15", 1, **{"from_ms": START} | options)
-    async with BybitClient(rest_url, jitter=rng, on_notice=watch.notice, **clients) as client:
+    async with BybitClient(rest_url, jitter=rng, on_notice=watch.notice) as client:
         return await download(client, database, wanted, watch, sample=rng, local_time_ms=local_time_ms)
 
 
@@ -185,7 +184,9 @@ def test_answers_that_are_late_but_in_time_cost_no_second_question(own: Stage, u
 
 
 @pytest.mark.fault("D01")
-def test_connections_that_are_cut_on_the_wire_are_made_again(own: Stage, undisturbed: Tables) -> None:
+def test_connections_that_are_cut_on_the_wire_are_made_again(
+    own: Stage, undisturbed: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through a proxy that resets them in the middle of pages, in real time."""
     with (
         serve_in_thread(SmallMarket(), SteppedClock(NOW), ip_limit=False) as address,
@@ -200,7 +201,8 @@ def test_connections_that_are_cut_on_the_wire_are_made_again(own: Stage, undistu
         }
         watch = Watch(lambda pages: cuts.get(pages, lambda: None)())
         url = f"http://127.0.0.1:{proxy.port}"
-        asyncio.run(fetched(url, own.engine, watch, client_first_pause_seconds=0.005))
+        monkeypatch.setattr(rate_limit, "FIRST_PAUSE_SECONDS", 0.005)
+        asyncio.run(fetched(url, own.engine, watch))
         assert proxy.accepted > len(SYMBOLS) * 2 + 2
     assert_same_tables(own.tables(), undisturbed)
 

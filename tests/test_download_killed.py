@@ -13,7 +13,6 @@ import pytest
 from perpcast.database import DatabaseAddress
 from perpcast.kill_point import kill_points
 from tests.download_world import (
-    GAPS,
     ROOT,
     SYMBOLS,
     SmallExchange,
@@ -21,9 +20,9 @@ from tests.download_world import (
     Tables,
     assert_part_of,
     assert_same_tables,
-    gaps_by_bar,
     small_exchange,
     stage,
+    undisturbed_tables,
 )
 
 # Of the modules that tests.download_world imports: all that a download consists of.
@@ -45,14 +44,7 @@ def exchange() -> Iterator[SmallExchange]:
 
 @pytest.fixture(scope="module")
 def undisturbed(postgres: DatabaseAddress, exchange: SmallExchange, tmp_path_factory: pytest.TempPathFactory) -> Tables:
-    """What one run stores."""
-    with stage(postgres, tmp_path_factory.mktemp("undisturbed"), exchange.section) as own:
-        result = own.run()
-        assert result.exit_code == 0, result.stderr
-        tables = own.tables()
-    assert gaps_by_bar(tables) == GAPS
-    assert tables["funding_rates"]
-    return tables
+    return undisturbed_tables(postgres, tmp_path_factory.mktemp("undisturbed"), exchange)
 
 
 def kill(own: Stage, place: str, draw: np.random.Generator, undisturbed: Tables) -> None:

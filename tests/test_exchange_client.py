@@ -21,6 +21,7 @@ from perpcast.errors import (
     TemporaryExchangeError,
 )
 from perpcast.exchange import PAGE_BARS, BybitClient, KeyRights, RateLimit, hosts_of
+from perpcast.exchange import client as client_module
 from perpcast.exchange.client import BAN_SECONDS
 from perpcast.exchange.wire import parse_key_rights
 from perpcast.market import USDT_PERPETUAL, Listing, Ticker
@@ -570,9 +571,11 @@ def test_fetch_nothing_listens_is_unreachable_with_exit_code_2() -> None:
 @pytest.mark.parametrize(
     "url", ["http://", "http://no host", "http://a..b", "http://" + "a" * 70 + ".com", "http://bücher.invalid", "x"]
 )
-def test_fetch_from_what_is_no_host_is_a_setup_error(url: str) -> None:
+def test_fetch_from_what_is_no_host_is_a_setup_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "TIMEOUT_SECONDS", 5.0)
+
     async def run() -> None:
-        async with BybitClient(url, jitter=np.random.default_rng(1), attempts=1, timeout_seconds=5.0) as client:
+        async with BybitClient(url, jitter=np.random.default_rng(1), attempts=1) as client:
             await client.fetch_server_time_ms()
 
     with pytest.raises((ConfigError, ExchangeUnavailableError)):

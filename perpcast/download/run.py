@@ -34,7 +34,7 @@ from perpcast.download.gaps import SETTLED, Evidence, Range, classify, intersect
 from perpcast.errors import ConfigError, DataError, RefusedError, SetupError
 from perpcast.exchange import PAGE_BARS, BybitClient, CandlePage, RejectedRow, side_by_side
 from perpcast.kill_point import kill_point
-from perpcast.market import CandleSeries, Instrument
+from perpcast.market import CandleSeries, Instrument, is_of_other_interval
 from perpcast.timeframe import DAY_MS, floor_ms, format_time, from_ms, interval_ms
 
 # Values may still settle right after the close (bybit-v5.md 1.7.1): a bar is asked for this much later.
@@ -276,10 +276,8 @@ class _Run:
         """A database holds candles of one interval: others between them could not be told apart any more."""
         if span is None:
             return
-        steps = np.diff(read_candles(self._database, symbol, span.last_ms - 10 * DAY_MS).open_time_ms)
-        finer = len(steps) > 0 and np.median(steps) < self._step_ms
-        coarser = len(steps) >= 8 and (steps > self._step_ms).all()
-        if finer or coarser or span.first_ms % self._step_ms:
+        newest = read_candles(self._database, symbol, span.last_ms - 10 * DAY_MS)
+        if is_of_other_interval(newest.open_time_ms, self._step_ms) or span.first_ms % self._step_ms:
             raise ConfigError(
                 f"data_download.interval: the database holds candles of {symbol} of another interval than "
                 f"{self._wanted.interval} minutes; name another database in database.name, or empty this one with "

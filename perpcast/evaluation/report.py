@@ -7,13 +7,11 @@ import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from perpcast.evaluation import plots
@@ -95,12 +93,16 @@ def write_report(report: RunReport, folder: Path) -> Path:
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
-    """A page of this room from its template; the style that all of them share stands in it."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """A page of this room from its template, in the frame and style that all of them share (page.*)."""
+    environment = Environment(
+        loader=PackageLoader("perpcast", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(filters)
-    room = files("perpcast.evaluation")
-    style = Markup(room.joinpath("page.css").read_text("utf-8"))
-    return environment.from_string(room.joinpath(template).read_text("utf-8")).render(style=style, **values)
+    return environment.get_template(template).render(**values)
 
 
 def embedded(pictures: Mapping[str, Path]) -> dict[str, str]:

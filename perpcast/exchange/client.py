@@ -13,7 +13,7 @@ import orjson
 from yarl import URL
 
 from perpcast.errors import ConfigError, ExchangeUnavailableError, PerpcastError, RefusedError, TemporaryExchangeError
-from perpcast.exchange.rate_limit import RateLimit
+from perpcast.exchange.rate_limit import RateLimit, pause_seconds
 from perpcast.exchange.signing import Credentials, signed_headers
 from perpcast.exchange.wire import (
     PAGE_BARS,
@@ -46,9 +46,10 @@ _CLOCK_CODE = 10002
 _ATTEMPTS = 12
 _ATTEMPTS_UNANSWERED = 3
 _ATTEMPTS_MALFORMED = 4
-_FIRST_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 30.0
 _TELLING_PAUSE_SECONDS = 4.0  # a longer one is worth a notice
+
+TIMEOUT_SECONDS = 15.0  # of one try
+_CONNECTIONS = 32
 
 BAN_SECONDS = 600.0  # Bybit lifts the ban of an IP after ten minutes of silence
 RECV_WINDOW_MS = 5000
@@ -97,9 +98,6 @@ class BybitClient:
         credentials: Credentials | None = None,
         on_notice: Callable[[str], None] = lambda text: None,
         attempts: int = _ATTEMPTS,
-        first_pause_seconds: float = _FIRST_PAUSE_SECONDS,
-        timeout_seconds: float = 15.0,
-        connections: int = 32,
     ) -> None:
         self._rest_url = rest_url.rstrip("/")
         self._jitter = jitter
@@ -107,9 +105,7 @@ class BybitClient:
         self._credentials = credentials
         self._on_notice = on_notice
         self._attempts = attempts
-        self._first_pause_seconds = first_pause_seconds
-        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
-        self._connections = connections
+        self._timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
         self._session: aiohttp.ClientSession | None = None
         self._answered = False
         self._told = False  # that it does not answer
@@ -122,7 +118,7 @@ class BybitClient:
         self.retries = 0
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=self._connections)
+        connector = aiohttp.TCPConnector(limit=_CONNECTIONS)
         self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout, middlewares=(_once,))
         return self
 
@@ -276,7 +272,7 @@ class BybitClient:
 
     async def _pause(self, error: PerpcastError, attempt: int) -> None:
         """Doubling from try to try, each between half and all of it, so that clients fall out of step."""
-        longest = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+        longest = pause_seconds(attempt)
         if longest >= _TELLING_PAUSE_SECONDS and not self._told:
             self._told = True
             self._on_notice(f"{self._rest_url}: {error}; it is asked again and again")

@@ -1,6 +1,9 @@
-"""The pace of requests: a token bucket that all requests of a process share."""
+"""The pace: a token bucket that all requests of a process share, and the pauses after what failed."""
 
 import asyncio
+
+FIRST_PAUSE_SECONDS = 0.25  # doubling from failure to failure
+LONGEST_PAUSE_SECONDS = 30.0  # 10 to 20 lines in five minutes, of the 500 that the exchange allows
 
 
 class RateLimit:
@@ -26,3 +29,8 @@ class RateLimit:
         self._tokens -= 1
         if self._tokens < 0:
             await asyncio.sleep(-self._tokens / self._per_second)
+
+
+def pause_seconds(failures: int) -> float:
+    """How long to wait at most after so many failures in a row; callers wait between half and all of it, drawn."""
+    return min(FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, 16), LONGEST_PAUSE_SECONDS)

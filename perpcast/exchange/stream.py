@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from perpcast.errors import ExchangeUnavailableError
+from perpcast.exchange.rate_limit import pause_seconds
 from perpcast.exchange.wire import MalformedError, member, parse_confirmed_candles
 from perpcast.market import Candle
 from perpcast.timeframe import interval_ms
@@ -22,8 +23,6 @@ CONNECT_SECONDS = 10.0  # for TCP, TLS and the upgrade: a few round trips
 ANSWER_SECONDS = 10.0  # for the answer to a subscription: one round trip
 TOPIC_SECONDS = 90.0  # a kline topic is pushed at least every 60 s
 LONGEST_PATIENCE_SECONDS = 3600.0  # a topic that never speaks again costs a new line every other hour
-FIRST_PAUSE_SECONDS = 0.25  # doubling from line to line
-LONGEST_PAUSE_SECONDS = 30.0  # then 10 to 20 lines in five minutes, of the 500 that the exchange allows
 LIVED_SECONDS = 30.0  # only after a line that held so long do the pauses begin anew
 FIRST_ATTEMPTS = 6  # some seconds: until a first line was made, the network or the URL may be wrong
 LONGEST_MESSAGE = 1 << 20  # bytes; a push of one or two candles has less than a thousandth
@@ -87,17 +86,13 @@ class CandleStream:
                         f"exchange unreachable: no connection to {self._ws_url} after {failures} tries ({reason}); "
                         "check the network and exchange.ws_url, then run the same command again"
                     )
-                await asyncio.sleep(self._pause_seconds(failures))
+                await asyncio.sleep(pause_seconds(failures) * self._jitter.uniform(0.5, 1.0))
 
     async def _connect(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse:
         # No waiting for the other side's close frame: on a half-open line it does not come.
         leaving = aiohttp.ClientWSTimeout(ws_close=0)
         async with asyncio.timeout(CONNECT_SECONDS):
             return await session.ws_connect(self._ws_url, timeout=leaving, max_msg_size=LONGEST_MESSAGE)
-
-    def _pause_seconds(self, failures: int) -> float:
-        longest = min(FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, 16), LONGEST_PAUSE_SECONDS)
-        return longest * self._jitter.uniform(0.5, 1.0)
 
     async def _messages(self, socket: aiohttp.ClientWebSocketResponse) -> AsyncGenerator[Any, None]:
         """Subscribes, keeps the line alive, yields what is JSON; ends when the line does or has fallen silent."""

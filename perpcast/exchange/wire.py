@@ -17,7 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from perpcast.errors import DataError
-from perpcast.market import USDT_PERPETUAL, Candle, CandleSeries, FundingRate, Instrument, Listing, Ticker
+from perpcast.market import (
+    USDT_PERPETUAL,
+    Candle,
+    CandleSeries,
+    FundingRate,
+    Instrument,
+    Listing,
+    Ticker,
+    is_of_other_interval,
+)
 
 # The most candles that one answer holds. A wider window would come back cut at its old end without a word.
 PAGE_BARS = 1000
@@ -80,7 +89,7 @@ def read_json(body: bytes) -> Any:
     """
     begin = body.find(_LIST) + len(_LIST)
     end = body.find(b"]]", begin) + 1
-    if begin < len(_LIST) or not end or body.find(_LIST, begin) >= 0 or _PLACE in body:
+    if begin < len(_LIST) or not end or _PLACE in body:
         return orjson.loads(body)
     table = _table(body[begin:end])
     if table is None:
@@ -148,16 +157,17 @@ def parse_candles(
         raise MalformedError(f"expected candles of {symbol}, received those of {_short(result['symbol'])}")
     if result.get("category", "linear") != "linear":
         raise MalformedError(f"expected category linear, received {_short(result['category'])}")
-    rows = result.get("list")
-    if not isinstance(rows, np.ndarray):
-        rows = member(result, "list", list)
-    times, values, unreadable = _columns(rows, symbol)
+    times, values, unreadable = _columns(result, symbol)
     closed_end_ms = min(end_ms, server_time_ms - step_ms + 1)
     wanted = (times >= start_ms) & (times < closed_end_ms)
     times, values = times[wanted], values[wanted]
     order = np.argsort(times, kind="stable")
     times, values = times[order], values[order]
-    _check_interval(times, symbol, step_ms)
+    if is_of_other_interval(times, step_ms):
+        raise MalformedError(
+            f"expected candles of {symbol} every {step_ms // 60_000} minutes, received them "
+            f"{int(np.median(np.diff(np.unique(times)))) / 60_000:g} minutes apart"
+        )
     reasons: dict[int, str] = {time: reason for time, reason in unreadable.items() if start_ms <= time < closed_end_ms}
     keep = np.isin(times, list(reasons), invert=True) if reasons else np.ones(len(times), bool)
     repeated = np.flatnonzero(np.diff(times) == 0)
@@ -174,30 +184,14 @@ def parse_candles(
     return CandlePage(candles, rejected, server_time_ms)
 
 
-def _check_interval(times: np.ndarray, symbol: str, step_ms: int) -> None:
-    """Bars of another interval: an answer does not name its own, so its distances must. A few odd rows are no proof."""
-    steps = np.diff(times)
-    steps = steps[steps > 0]
-    finer = len(steps) > 0 and np.mean(steps < step_ms) > 0.5
-    coarser = len(steps) >= 8 and (steps > step_ms).all()
-    if finer or coarser:
-        raise MalformedError(
-            f"expected candles of {symbol} every {step_ms // 60_000} minutes, received them "
-            f"{int(np.median(steps)) / 60_000:g} minutes apart"
-        )
-
-
-def _columns(rows: list[Any] | np.ndarray, symbol: str) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+def _columns(result: Mapping[str, Any], symbol: str) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Open times int64 [n], values float64 [n, 6], and the reason of each row whose values are no numbers."""
-    if isinstance(rows, np.ndarray):
-        return rows[:, 0].astype(np.int64), rows[:, 1:], {}
-    return _columns_row_by_row(rows, symbol)
-
-
-def _columns_row_by_row(rows: list[Any], symbol: str) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Where some row is not seven plain numbers: each of those rows is told apart by its time."""
+    table = result.get("list")
+    if isinstance(table, np.ndarray):
+        return table[:, 0].astype(np.int64), table[:, 1:], {}
+    # Some row is not seven plain numbers: each of those is told apart by its time.
     times, values, unreadable = [], [], {}
-    for row in rows:
+    for row in member(result, "list", list):
         time = row[0] if isinstance(row, list) and row else None
         if not (_is_whole(time) and int(time) < _LATEST_MS):
             raise MalformedError(f"expected candles of {symbol} with a start in milliseconds, received {_short(row)}")

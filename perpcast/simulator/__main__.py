@@ -11,23 +11,16 @@ from pathlib import Path
 
 import click
 
-from perpcast.command_line import clean_exit
+from perpcast.command_line import clean_exit, instant
 from perpcast.simulator.clock import RunningClock
 from perpcast.simulator.market import Market
 from perpcast.simulator.recorded import RecordedMarket
 from perpcast.simulator.server import Address, serve
 from perpcast.simulator.synthetic import START_MS, SyntheticMarket
-from perpcast.timeframe import format_time, parse_time, to_ms
+from perpcast.timeframe import format_time
 
 # How far a synthetic market goes on after --now; at --speed 3600 that is more than two hours.
 _FUTURE_MS = 400 * 86_400_000
-
-
-def _instant(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    try:
-        return to_ms(parse_time(text)) if text else None
-    except ValueError:
-        raise click.BadParameter(f"expected a time such as 2025-07-01T00:00Z, received {text!r}") from None
 
 
 @click.command(
@@ -54,7 +47,7 @@ Examples:
 @click.option(
     "--now",
     "now_ms",
-    callback=_instant,
+    callback=instant("a time such as 2025-07-01T00:00Z"),
     metavar="TIME",
     help="Where the market's time stands until the first WebSocket subscription, UTC."
     "  [default: synthetic: the present; recorded: the end of the candles]",
