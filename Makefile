@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself. `make demo` and `make test` are all that a newcomer needs.
 SHELL := /bin/sh
 PYTHON := .venv/bin/python
+PEERS := benchmarks/peers/.venv
 
 # Where HOME cannot be written (a container, a service account), every cache lies inside the clone.
 ifneq ($(shell test -n "$$HOME" && test -d "$$HOME" && test -w "$$HOME" && echo yes),yes)
@@ -24,10 +25,10 @@ check: .venv/.dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 
-bench: .venv/.dev
+bench: .venv/.dev $(PEERS)/.done
 	$(PYTHON) -m benchmarks
 
-soak: .venv/.dev
+soak: .venv/.dev $(PEERS)/.done
 	$(PYTHON) -m pytest --soak -n 2 --dist loadfile
 
 # The lock files hold hashes and no host names; uv.lock holds host names and stays out of git.
@@ -43,5 +44,14 @@ lock:
 .venv/.train: requirements/train.lock
 	@if [ -e .venv/.dev ] && ! [ requirements/dev.lock -nt .venv/.dev ]; then touch $@; else requirements/install.sh train; fi
 
+# The libraries that bench and soak compare with: plain pip, no lock. torch comes first, so that its build is pip's choice.
+$(PEERS)/.done: benchmarks/peers/requirements.txt | .venv/.dev
+	@echo "setup: installing benchmarks/peers/requirements.txt into $(PEERS) (PyTorch: a few minutes)"
+	@rm -rf $(PEERS)
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check "$$(grep ^torch== $<)"
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv .tools .cache
+	rm -rf .venv .tools .cache $(PEERS)

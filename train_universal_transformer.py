@@ -1,8 +1,8 @@
 """Trains one network for all symbols: python train_universal_transformer.py --task regression
 
 Reads config.yaml (dataset, model, risk_profile, fees) and `processed_market_data`; builds the dataset folder
-`datasets/<id>/`. Writes TensorBoard's events to logs/training_<model id>/, pictures to plots/<model id>/, the model
-bundle to trained_model/<model id>/, and the rows of `model_metadata` and `model_predictions`.
+`datasets/<id>/`. Writes checkpoints, history and TensorBoard's events to logs/training_<model id>/, pictures to
+plots/<model id>/, the model bundle to trained_model/<model id>/, and rows of `model_metadata` and `model_predictions`.
 """
 
 import hashlib
@@ -11,66 +11,77 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 
 from perpcast.command_line import ROOT, console, open_database, progress_bar, stage
 from perpcast.config import Settings
-from perpcast.errors import DataError, MissingInputError, SetupError
+from perpcast.errors import DataError, MissingInputError
 
 if TYPE_CHECKING:
     from perpcast.database import Database
+    from perpcast.models.export import Exported
+    from perpcast.training.card import Provenance
     from perpcast.training.dataset import Dataset
+    from perpcast.training.loop import Trained
     from perpcast.training.outcome import Outcome
 
 GOLDEN_WINDOWS = 3
+# Windows of V1 that the pictures of a training are drawn from, and those of them whose insides are looked at.
+PICTURED_WINDOWS, EXPLAINED_WINDOWS = 4096, 512
 
 
 @click.command()
 @click.option("--task", type=click.Choice(["regression", "classification"]), default="regression", show_default=True)
-@click.option("--force", is_flag=True, help="Train again even if this very model exists.")
+@click.option(
+    "--resume/--restart",
+    default=True,
+    show_default=True,
+    help="Go on from the last checkpoint of this very model, to the same result; or begin at its first epoch.",
+)
+@click.option("--force", is_flag=True, help="Train again, from the first epoch, even if this very model exists.")
 @stage
-def main(settings: Settings, task: str, force: bool) -> None:
+def main(settings: Settings, task: str, resume: bool, force: bool) -> None:
     """Train, test and export the Temporal Fusion Transformer of the configuration.
 
-    The same data and settings give the same model id; a training that was killed starts again under it.
+    The same data and settings give the same model id; a training that was killed goes on under it.
 
     \b
     Examples:
-      python train_universal_transformer.py --task regression
-      python train_universal_transformer.py --task regression --force
+      python train_universal_transformer.py --task regression       expected returns, with quantiles
+      python train_universal_transformer.py --task classification   calibrated probabilities of profit
+      python train_universal_transformer.py --force
+      python monitor_training.py                                    watch it in another terminal
       tensorboard --logdir logs
     """
-    if task == "classification":
-        raise SetupError("--task classification comes later: expected --task regression")
     begun = time.monotonic()
     with open_database(settings) as database:
-        dataset = make_dataset(settings, database)
+        dataset = make_dataset(settings, database, task)
         model_id = name_of(dataset, settings)
         if not force and is_complete(settings, database, model_id):
             console.print(f"model {model_id} is trained and exported already (--force trains it again)")
             return
-        outcome = train_and_export(settings, database, dataset, model_id)
+        outcome = train_and_export(settings, database, dataset, model_id, resume=resume and not force)
     show_scores(outcome)
     console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
     console.print("next: python live_runner.py --mode paper      curves: tensorboard --logdir logs")
 
 
-def make_dataset(settings: Settings, database: "Database") -> "Dataset":
-    """The dataset folder of what is stored now, built where it does not exist yet."""
+def make_dataset(settings: Settings, database: "Database", kind: str) -> "Dataset":
+    """The dataset folder of what is stored now for a kind of task, built where it does not exist yet."""
     from perpcast.exit_policy import ExitPolicy
     from perpcast.market import SIDES
-    from perpcast.training.dataset import build_dataset, regression_task
+    from perpcast.training.dataset import build_dataset, classification_task, regression_task
 
     model, wanted, cut = settings.model, settings.data_download, settings.dataset
     horizon = model.prediction_horizon
     policies = {side: ExitPolicy.from_config(settings.risk_profile, settings.fees, side, horizon) for side in SIDES}
-    task = regression_task(wanted.interval, model.sequence_length, horizon, wanted.symbols, policies)
+    make_task = {"regression": regression_task, "classification": classification_task}[kind]
+    task = make_task(wanted.interval, model.sequence_length, horizon, wanted.symbols, policies)
     fractions = (cut.train_fraction, cut.stop_fraction, cut.threshold_fraction, cut.test_fraction)
     with progress_bar("dataset") as on_progress:
         dataset = build_dataset(
@@ -110,26 +121,24 @@ def is_complete(settings: Settings, database: "Database", model_id: str) -> bool
     return False
 
 
-def train_and_export(settings: Settings, database: "Database", dataset: "Dataset", model_id: str) -> "Outcome":
+def train_and_export(
+    settings: Settings, database: "Database", dataset: "Dataset", model_id: str, *, resume: bool
+) -> "Outcome":
     """The training itself. The row in `model_metadata` comes last: what it names is whole."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from perpcast.database import ModelRecord, upsert_model
-    from perpcast.training.loop import train
+    from perpcast.training.card import Provenance
     from perpcast.training.outcome import JUDGED, judge, store_predictions
 
-    run_dir = settings.path("logs", f"training_{model_id}")
-    with progress_bar("train") as on_step:
-        trained = train(dataset, settings.model, run_dir, show_epoch, on_step)
-    outputs = {split: trained.predict(dataset.index[split]) for split in JUDGED}
-    predicted = {
-        split: {name: values[:, column] for column, name in enumerate(dataset.task.outputs)}
-        for split, values in outputs.items()
-    }
+    trained = train(settings, dataset, model_id, resume=resume)
+    predicted = {split: trained.predict(dataset.index[split]) for split in JUDGED}
     outcome = judge(dataset, predicted, settings.model.seed)
     store_predictions(database, dataset, model_id, predicted)
-    draw(settings.path("plots", model_id), outcome, trained.history)
-    provenance = Provenance(model_id, code_revision(), datetime.now(UTC))
-    sha256 = export(settings, dataset, trained, outcome, provenance)
+    reproduce = f"python train_universal_transformer.py --task {dataset.task.targets[0].kind}"
+    provenance = Provenance(model_id, code_revision(), datetime.now(UTC), reproduce)
+    with console.status("exporting: ONNX, compared with Keras, timed"):
+        exported = export(dataset, trained, outcome)
+        sha256 = save(settings, dataset, trained, outcome, exported, provenance)
     scores = outcome.evaluation.to_json()
     model_scores = scores["scores"].pop("model")
     upsert_model(
@@ -152,109 +161,124 @@ def train_and_export(settings: Settings, database: "Database", dataset: "Dataset
     return outcome
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a model comes from."""
+def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool) -> "Trained":
+    """The trained network, its probabilities calibrated on V2; draws the pictures on the way."""
+    from perpcast.training.loop import train
 
-    model_id: str
-    code_revision: str | None
-    created_at: datetime
+    run_dir = settings.path("logs", f"training_{model_id}")
+    with progress_bar("train") as on_step:
+        trained = train(
+            dataset,
+            settings.model,
+            run_dir,
+            resume=resume,
+            on_epoch=show_epoch,
+            on_step=on_step,
+            on_look=lambda epoch, seen: draw(settings.path("plots", model_id), dataset, epoch, seen),
+        )
+    return trained.calibrated(dataset.index["v2"])
 
 
-def export(settings: Settings, dataset: "Dataset", trained: Any, outcome: "Outcome", provenance: Provenance) -> str:
-    """Writes the bundle; returns the SHA-256 of its list of hashes."""
-    from perpcast.bundle import BundleParts, save_bundle
+def export(dataset: "Dataset", trained: "Trained", outcome: "Outcome") -> "Exported":
+    """The network as ONNX, which must decide as Keras does."""
     from perpcast.models.export import BATCHES, export_onnx
 
-    # Spread over the span and the symbols: rows are ordered by symbol.
-    test = dataset.index["test"]
-    rows = test[np.linspace(0, len(test) - 1, max(BATCHES)).round().astype(np.int64)]
-    observed, known = dataset.gather(rows)
-    symbols = [dataset.task.symbols[code] for code in dataset.symbol[rows]]
-    scaled = dataset.scaler.apply(np.concatenate([observed, known], axis=-1))
+    rows = spread(dataset.index["test"], max(BATCHES))
+    windows = dataset.scaler.apply(np.concatenate(dataset.gather(rows), axis=-1))
+    split = len(dataset.task.observed)
     inputs = {
-        "observed": scaled[..., : observed.shape[-1]],
-        "known": scaled[..., observed.shape[-1] :],
-        "symbol": dataset.symbol[rows].astype(np.int32),
+        "observed": windows[..., :split],
+        "known": windows[..., split:],
+        "static_categories": dataset.symbol[rows, None].astype(np.int32),
     }
-    model, difference = export_onnx(trained.network, inputs)
-    card = {
-        "model_id": provenance.model_id,
-        "created_at": provenance.created_at.isoformat(timespec="seconds"),
-        "code_revision": provenance.code_revision,
-        "dataset": {"id": dataset.dataset_id, "fingerprint": dataset.fingerprint, "split": dataset.split.to_json()},
-        "universe_as_of": settings.data_download.universe_as_of,
-        "leak_certificate": dataset.manifest["certificate"],
-        "settings": settings.model.model_dump(mode="json"),
-        "evaluation": outcome.evaluation.to_json(),
-        "threshold": outcome.choice.to_json(),
-        "onnx_difference": difference,
-        "reproduce": "python train_universal_transformer.py --task regression",
-    }
-    few = slice(None, None, len(rows) // GOLDEN_WINDOWS)
+
+    def decide(raw: np.ndarray) -> np.ndarray:
+        """The side that would be traded: 0 or 1, -1 where neither is above the threshold."""
+        expected = trained.reading.read(raw)
+        sides = np.stack([expected[f"{target.name}_mean"] for target in dataset.task.targets])
+        return np.where(sides.max(axis=0) > outcome.choice.threshold, sides.argmax(axis=0), -1)
+
+    return export_onnx(trained.network, inputs, decide, symbols=len(dataset.task.symbols))
+
+
+def save(
+    settings: Settings,
+    dataset: "Dataset",
+    trained: "Trained",
+    outcome: "Outcome",
+    exported: "Exported",
+    provenance: "Provenance",
+) -> str:
+    """Writes the bundle; returns the SHA-256 of its list of hashes."""
+    from perpcast.bundle import BundleParts, save_bundle
+    from perpcast.training.card import card_text, describe
+
+    rows = spread(dataset.index["test"], GOLDEN_WINDOWS)
+    card = describe(provenance, dataset, settings.model, outcome, exported)
     parts = BundleParts(
-        model=model,
+        model=exported.model,
+        step=exported.step,
+        readout=exported.readout,
         task=dataset.task,
         scaler=dataset.scaler,
-        target_scaler=trained.target_scaler,
+        reading=trained.reading,
         threshold=outcome.choice.threshold,
         card=card,
-        card_text=card_text(card, dataset, outcome),
-        golden=(observed[few], known[few], symbols[few]),
+        card_text=card_text(card, dataset, outcome, exported),
+        golden=(*dataset.gather(rows), [dataset.task.symbols[code] for code in dataset.symbol[rows]]),
     )
     return save_bundle(settings.path("trained_model", provenance.model_id), parts).sha256
 
 
-def card_text(card: Mapping[str, Any], dataset: "Dataset", outcome: "Outcome") -> str:
-    """The card for a reader, in Markdown."""
-    rows = "\n".join(f"| {' | '.join(row)} |" for row in score_rows(outcome))
-    names = [card_.name for card_ in outcome.evaluation.cards]
-    return (
-        f"# {card['model_id']}\n\n{outcome.evaluation.verdict.sentence}\n\n"
-        f"Trained {card['created_at']} on dataset {dataset.dataset_id} of {len(dataset.task.symbols)} symbols "
-        f"(survivor-biased: chosen on {card['universe_as_of']}). "
-        f"Leak certificate: {card['leak_certificate'] or 'none yet'}.\n\n"
-        f"| test span | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n{rows}\n\n"
-        f"Threshold {outcome.choice.threshold:+.4%}, chosen on V2. Reproduce: `{card['reproduce']}`\n\n"
-        "    " + "\n    ".join(dataset.split.instants()) + "\n"
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """So many of the rows, over all symbols and the whole span: rows are ordered by symbol."""
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def draw(folder: Path, dataset: "Dataset", epoch: int, trained: "Trained") -> None:
+    """The pictures of a network in training, from a sample of V1."""
+    from perpcast.training.pictures import Look, draw_pictures
+
+    stop = np.arange(len(dataset.index["v1"]))
+    places = np.unique(spread(stop, PICTURED_WINDOWS))
+    rows = dataset.index["v1"][places]
+    look = Look(
+        epoch=epoch,
+        history=trained.history,
+        windows=dataset.windows("v1")[places],
+        predicted=trained.predict(rows),
+        explanation=trained.explain(np.unique(spread(rows, EXPLAINED_WINDOWS))),
+        kind=dataset.task.targets[0].kind,
     )
+    draw_pictures(folder, look)
 
 
-def draw(folder: Path, outcome: "Outcome", history: Mapping[str, list[float]]) -> None:
-    """The pictures of a training."""
-    from perpcast.evaluation import plots
-
-    plots.save_figure(plots.training_curve(history), folder / "training_curve.png")
-    plots.save_figure(plots.predicted_against_realised(outcome.evaluation), folder / "predicted_against_realised.png")
-
-
-def show_epoch(epoch: int, losses: Mapping[str, float]) -> None:
+def show_epoch(epoch: int, values: Mapping[str, float]) -> None:
     """A line for each epoch."""
-    console.print(f"epoch {epoch}: loss {losses['loss']:.4f}, V1 {losses['val_loss']:.4f}")
+    console.print(
+        f"epoch {epoch}: loss {values['loss']:.4f}, V1 {values['val_loss']:.4f}, "
+        f"{values['samples_per_second']:,.0f} windows/s"
+    )
 
 
 def show_scores(outcome: "Outcome") -> None:
     """The scores beside the baselines', and what to believe."""
-    from rich.table import Column, Table
+    from perpcast.training.card import profit_rows, score_rows
 
-    names = [card.name for card in outcome.evaluation.cards]
-    table = Table("test span", *(Column(name, justify="right") for name in names))
-    for row in score_rows(outcome):
-        table.add_row(*row)
-    console.print(table)
+    show_table(["test span", *(card.name for card in outcome.evaluation.cards)], score_rows(outcome))
+    if outcome.evaluation.profits:
+        show_table(["probability of profit", "model", "base rate"], profit_rows(outcome))
     console.print(outcome.evaluation.verdict.sentence)
 
 
-def score_rows(outcome: "Outcome") -> list[list[str]]:
-    """A row for each metric: its name, the model, the baselines."""
-    from perpcast.evaluation.scores import METRICS
+def show_table(titles: list[str], rows: list[list[str]]) -> None:
+    """A table whose first column names things and whose others are numbers."""
+    from rich.table import Column, Table
 
-    rows = []
-    for metric, (title, percent) in METRICS.items():
-        values = [card.scores[metric].value for card in outcome.evaluation.cards]
-        text = "{:,.0f}" if metric == "trades" else "{:+.2%}" if percent else "{:+.3f}"
-        rows.append([title, *(text.format(value) if np.isfinite(value) else "-" for value in values)])
-    return rows
+    table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def code_revision() -> str | None:

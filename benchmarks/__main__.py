@@ -173,7 +173,7 @@ def inference() -> tuple[float, float]:
         d_model=model.d_model,
         num_heads=model.num_heads,
         dropout=0.0,
-        variable_width=model.variable_width,
+        vsn_rank=model.vsn_rank,
     )
     rng = np.random.default_rng(0)
     feed = {

@@ -181,14 +181,23 @@ class ModelSettings(Section):
     prediction_horizon: Annotated[int, Field(ge=1, le=10_000)]
     d_model: Positive
     num_heads: Positive
-    variable_width: Positive | None
+    variable_selection: Literal["fused", "stacked"]
+    vsn_rank: Positive | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
     batch_size: Positive
     batch_size_gpu: Positive
     epochs: Positive
     samples_per_epoch: Positive | None
+    window_stride: Positive
     learning_rate: Annotated[float, Field(gt=0)]
+    warm_up_share: Annotated[float, Field(ge=0, lt=1)]
+    gradient_clip_norm: Annotated[float, Field(gt=0)]
     early_stopping_patience: Positive
+    class_weighting: Literal["none", "balanced"]
+    sample_weighting: Literal["none", "uniqueness"]
+    xla: bool
+    precision: Literal["float32", "mixed_bfloat16"]
+    pictures_every: Positive
     seed: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")

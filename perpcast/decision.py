@@ -40,8 +40,9 @@ def signals_from_returns(
 ) -> list[Signal]:
     """A signal for each symbol and side; the score is the predicted mean return less expected funding.
 
-    `predicted` holds `buy_mean` and `sell_mean`, each [symbols]. `expected_funding` is what a long is expected to pay
-    while it holds, as a fraction of the position's value by symbol: a buy pays it, a sell receives it; absent is 0.
+    `predicted` holds `buy_mean` and `sell_mean`, each [symbols], which a classifier tells beside its probabilities.
+    `expected_funding` is what a long is expected to pay while it holds, as a fraction of the position's value by
+    symbol: a buy pays it, a sell receives it; absent is 0.
     """
     funding = expected_funding or {}
     return [

@@ -16,10 +16,18 @@ class Target:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the model's outputs for this target, in order: `buy_mean`, `buy_q50`, …"""
+        """Names of what a reader is told of this target, in order: `buy_mean`, `buy_q50`, …
+
+        Every kind tells a `_mean`, the expected net return: decisions need no more.
+        """
         if self.kind == "classification":
-            return (f"{self.name}_profit_probability",)
+            return (f"{self.name}_profit_probability", f"{self.name}_mean")
         return (f"{self.name}_mean", *(f"{self.name}_q{round(q * 100)}" for q in self.quantiles))
+
+    @property
+    def columns(self) -> int:
+        """Columns of the network for this target: the logit of a profit; or a mean, then the quantiles."""
+        return 1 if self.kind == "classification" else 1 + len(self.quantiles)
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Task:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the model's outputs in order, over all targets."""
+        """Names of the model's outputs in order, over all targets: what `OutputReading.read` answers."""
         return tuple(name for target in self.targets for name in target.outputs)
 
     @property

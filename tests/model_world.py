@@ -34,14 +34,23 @@ SETTINGS = ModelSettings(
     prediction_horizon=HORIZON,
     d_model=8,
     num_heads=2,
-    variable_width=None,
+    variable_selection="fused",
+    vsn_rank=None,
     dropout=0.1,
     batch_size=64,
     batch_size_gpu=64,
     epochs=4,
     samples_per_epoch=1024,
+    window_stride=1,
     learning_rate=0.01,
+    warm_up_share=0.05,
+    gradient_clip_norm=1.0,
     early_stopping_patience=3,
+    class_weighting="none",
+    sample_weighting="none",
+    xla=False,
+    precision="float32",
+    pictures_every=5,
     seed=7,
 )
 
@@ -85,3 +94,9 @@ def settings(**changes: object) -> ModelSettings:
 def task_of(**changes: object) -> Task:
     """The small task with other values."""
     return replace(TASK, **changes)  # type: ignore[arg-type]
+
+
+def classification_of(dataset: Dataset) -> Dataset:
+    """The same rows with the task of telling profits from losses."""
+    targets = tuple(replace(target, kind="classification", quantiles=()) for target in dataset.task.targets)
+    return replace(dataset, task=replace(dataset.task, targets=targets))

@@ -13,54 +13,38 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from hypothesis import given as drawn
+from hypothesis import settings as budget
+from hypothesis import strategies as st
 
 from perpcast.bundle import FILES, SUMS, Bundle, BundleParts, load_bundle, read_card, save_bundle
 from perpcast.errors import DataError, MissingInputError
 from perpcast.features.scaler import Scaler
-from perpcast.task import Task
-from tests.model_world import TASK
+from perpcast.live.forecast import bundle_forecaster, history_bars
+from perpcast.outputs import OutputReading, ReturnReading
+from perpcast.simulator.synthetic import SyntheticMarket
+from perpcast.timeframe import parse_time, to_ms
+from tests.live_bundle import LinearNetwork, momentum_parts
+from tests.model_world import LOOKBACK, TASK
 
 ROOT = Path(__file__).parents[1]
 
 # Columns: price_change_1, level, noise, hour_sin, hour_cos. Powers of two, so that the arithmetic is exact.
 SCALER = Scaler((*TASK.observed, *TASK.known), (0.5, 1024.0, 0.0, 0.0, -1.0), (0.25, 64.0, 1.0, 0.5, 2.0))
-TARGETS = Scaler(("buy", "sell"), (0.25, -0.5), (0.5, 2.0))
-# scaled output number k of window n = level + 2 hour_cos + 10 symbol + k, both of its newest bar, scaled
+READING = OutputReading(TASK, (ReturnReading(0.25, 0.5), ReturnReading(-0.5, 2.0)))
+# Raw column number k of a window = k + the sum over its bars of OF_BAR x (level + 2 hour_cos + 10 symbol), scaled.
 OFFSETS = np.arange(len(TASK.outputs), dtype=np.float32)
+OF_BAR = 2.0 ** np.arange(1 - LOOKBACK, 1)
 
 
-def network(task: Task = TASK, offsets: np.ndarray = OFFSETS) -> bytes:
-    """outputs = observed[:, -1, level] + 2 known[:, -1, hour_cos] + 10 symbol + offsets, as ONNX."""
-    shapes = {"observed": [None, task.lookback, len(task.observed)], "known": [None, task.lookback, len(task.known)]}
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
-    inputs.append(helper.make_tensor_value_info("symbol", TensorProto.INT32, [None]))
-    of_observed = np.array([[0.0], [1.0], [0.0]], np.float32)
-    of_known = np.array([[0.0], [2.0]], np.float32)
-    constants = {
-        "last": np.array(task.lookback - 1),
-        "of_observed": of_observed,
-        "of_known": of_known,
-        "ten": np.array(10, np.float32),
-        "column": np.array([1]),
-        "offsets": offsets,
-    }
-    nodes = [
-        helper.make_node("Gather", ["observed", "last"], ["newest_observed"], axis=1),
-        helper.make_node("MatMul", ["newest_observed", "of_observed"], ["a"]),
-        helper.make_node("Gather", ["known", "last"], ["newest_known"], axis=1),
-        helper.make_node("MatMul", ["newest_known", "of_known"], ["b"]),
-        helper.make_node("Cast", ["symbol"], ["code"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["code", "column"], ["codes"]),
-        helper.make_node("Mul", ["codes", "ten"], ["c"]),
-        helper.make_node("Sum", ["a", "b", "c", "offsets"], ["outputs"]),
-    ]
-    outputs = [helper.make_tensor_value_info("outputs", TensorProto.FLOAT, [None, len(offsets)])]
-    initial = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "by_hand", inputs, outputs, initial)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
+def network(offsets: np.ndarray = OFFSETS, of_bar: np.ndarray = OF_BAR) -> LinearNetwork:
+    """That arithmetic as ONNX: embeddings are the bracket, in every unit."""
+    weights = np.repeat([[0.0], [1.0], [0.0], [0.0], [2.0]], len(offsets), axis=1)
+    return LinearNetwork(3, 2, weights, of_bar, offsets, of_symbol=10.0)
+
+
+def graphs(network: LinearNetwork) -> dict[str, bytes]:
+    return {"model": network.model(), "step": network.step(), "readout": network.readout()}
 
 
 def windows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -71,20 +55,20 @@ def windows(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def expected(observed: np.ndarray, known: np.ndarray, symbols: Sequence[str]) -> np.ndarray:
-    """The arithmetic of network and scalers in float64: [n, outputs]."""
-    level = (observed[:, -1, 1].astype(float) - 1024) / 64
-    hour_cos = (known[:, -1, 1].astype(float) + 1) / 2
+    """The arithmetic of scaler, network and reading in float64: [n, outputs]."""
+    level = (observed[..., 1].astype(float) - 1024) / 64
+    hour_cos = (known[..., 1].astype(float) + 1) / 2
     code = np.array([TASK.symbols.index(symbol) for symbol in symbols])
-    scaled = (level + 2 * hour_cos + 10 * code)[:, None] + OFFSETS
-    return scaled * np.repeat([0.5, 2.0], 4) + np.repeat([0.25, -0.5], 4)
+    raw = ((level + 2 * hour_cos + 10 * code[:, None]) @ OF_BAR)[:, None] + OFFSETS
+    return raw * np.repeat([0.5, 2.0], 4) + np.repeat([0.25, -0.5], 4)
 
 
 def parts(**changes: Any) -> BundleParts:
     whole = BundleParts(
-        model=network(),
+        **graphs(network()),
         task=TASK,
         scaler=SCALER,
-        target_scaler=TARGETS,
+        reading=READING,
         threshold=0.0012345678901234567,
         card={"model_id": "by-hand", "scores": {"mae": 0.1}},
         card_text="# by hand, ±0\n",
@@ -125,7 +109,7 @@ def test_save_bundle_and_load_bundle_are_a_round_trip(tmp_path: Path) -> None:
     saved = save_bundle(tmp_path / "trained_model" / "a", parts())
     loaded = load_bundle(str(tmp_path / "trained_model" / "a"))
     for each in (saved, loaded):
-        assert (each.task, each.scaler, each.target_scaler) == (TASK, SCALER, TARGETS)
+        assert (each.task, each.scaler, each.reading) == (TASK, SCALER, READING)
         assert each.threshold == 0.0012345678901234567
     assert loaded.sha256 == saved.sha256
     assert read_card(tmp_path / "trained_model" / "a") == {"model_id": "by-hand", "scores": {"mae": 0.1}}
@@ -140,24 +124,27 @@ def test_hashes_are_those_of_sha256sum(written: Path, bundle: Bundle) -> None:
 
 
 def test_predict_scales_inputs_and_unscales_outputs_by_hand(bundle: Bundle) -> None:
-    observed = np.zeros((1, TASK.lookback, 3))
-    known = np.zeros((1, TASK.lookback, 2))
+    # Older bars are 0 when scaled: level 1024, hour_cos -1.
+    observed = np.tile([0.0, 1024.0, 0.0], (1, LOOKBACK, 1))
+    known = np.tile([0.0, -1.0], (1, LOOKBACK, 1))
     observed[0, -1], known[0, -1] = (0.75, 1152.0, 3.0), (0.5, 1.0)
+    observed[0, 1, 1] = 1024 - 64
     answers = bundle.predict(observed, known, ["CUSDT"])
-    # level (1152 - 1024) / 64 = 2; hour_cos (1 + 1) / 2 = 1; symbol 2: 2 + 2 * 1 + 10 * 2 = 24, then + column
+    # Newest bar: level (1152 - 1024) / 64 = 2, hour_cos (1 + 1) / 2 = 1, so 2 + 2 * 1 = 4, of weight 1; bar 1: -1 of
+    # weight 1 / 16; symbol 2: 10 * 2 * (1 + 1/2 + ... + 1/32) = 39.375. Sum 43.3125, then + column.
     assert {name: values.item() for name, values in answers.items()} == {
-        "buy_mean": 24 * 0.5 + 0.25,
-        "buy_q50": 25 * 0.5 + 0.25,
-        "buy_q75": 26 * 0.5 + 0.25,
-        "buy_q90": 27 * 0.5 + 0.25,
-        "sell_mean": 28 * 2 - 0.5,
-        "sell_q50": 29 * 2 - 0.5,
-        "sell_q75": 30 * 2 - 0.5,
-        "sell_q90": 31 * 2 - 0.5,
+        "buy_mean": 43.3125 * 0.5 + 0.25,
+        "buy_q50": 44.3125 * 0.5 + 0.25,
+        "buy_q75": 45.3125 * 0.5 + 0.25,
+        "buy_q90": 46.3125 * 0.5 + 0.25,
+        "sell_mean": 47.3125 * 2 - 0.5,
+        "sell_q50": 48.3125 * 2 - 0.5,
+        "sell_q75": 49.3125 * 2 - 0.5,
+        "sell_q90": 50.3125 * 2 - 0.5,
     }
 
 
-@pytest.mark.parametrize("n", [0, 1, 51, 511, 512, 513, 1025])
+@pytest.mark.parametrize("n", [0, 1, 51, 127, 128, 129, 513])
 def test_predict_answers_every_window_once_and_in_order(bundle: Bundle, n: int) -> None:
     given = windows(n, seed=n)
     answers = bundle.predict(*given)
@@ -263,7 +250,8 @@ def test_missing_folder_names_the_next_step(tmp_path: Path) -> None:
     [
         (("threshold",), None),
         (("threshold",), "high"),
-        (("target_scaler",), {"mean": [0, 0]}),
+        (("reading",), {"buy": {"mean": 0.0, "deviation": 1.0}}),
+        (("reading", "sell"), {"win": 0.1, "loss": -0.1, "slope": 1.0, "intercept": 0.0}),
         (("scaler",), []),
         (("task", "lookback"), 7),
         (("task", "embargo"), 3),
@@ -286,7 +274,7 @@ def test_task_of_another_version_is_refused(own: Path, change: tuple[str, ...], 
         load_bundle(own)
 
 
-@pytest.mark.parametrize("lost", ["task", "scaler", "target_scaler", "threshold"])
+@pytest.mark.parametrize("lost", ["task", "scaler", "reading", "threshold"])
 def test_task_without_one_of_its_parts_is_refused(own: Path, lost: str) -> None:
     described = json.loads((own / "task.json").read_text())
     del described[lost]
@@ -296,34 +284,213 @@ def test_task_without_one_of_its_parts_is_refused(own: Path, lost: str) -> None:
         load_bundle(own)
 
 
-def test_network_that_this_onnxruntime_cannot_read_is_refused(own: Path) -> None:
-    model = onnx.load(own / "model.onnx")
+def test_bundle_from_before_step_and_readout_is_refused(own: Path) -> None:
+    """As releases before them wrote it: neither in the folder nor in the list."""
+    lines = (own / SUMS).read_text().splitlines(keepends=True)
+    for name in ("step.onnx", "readout.onnx"):
+        (own / name).unlink()
+        lines = [line for line in lines if name not in line]
+    (own / SUMS).write_text("".join(lines))
+    with pytest.raises(DataError, match=r"is of another version \(it has no step\.onnx, readout\.onnx\): train again"):
+        load_bundle(own)
+
+
+@pytest.mark.parametrize("name", ["model", "step", "readout"])
+def test_network_that_this_onnxruntime_cannot_read_is_refused(own: Path, name: str) -> None:
+    model = onnx.load(own / f"{name}.onnx")
     model.opset_import[0].version = 9999
-    (own / "model.onnx").write_bytes(model.SerializeToString())
+    (own / f"{name}.onnx").write_bytes(model.SerializeToString())
     sign(own)
     with pytest.raises(DataError, match="onnxruntime .* train again"):
         load_bundle(own)
 
 
-def test_network_that_answers_its_golden_windows_otherwise_is_refused(own: Path) -> None:
+@pytest.mark.parametrize(("name", "told"), [("model", "model.onnx"), ("readout", "step.onnx and readout.onnx")])
+def test_network_that_answers_its_golden_windows_otherwise_is_refused(own: Path, name: str, told: str) -> None:
     """Output 5 (sell_q50) off by 2e-4 deviations: one more than the tolerance; half of it is let pass."""
     for off, refused in ((0.5e-4, False), (2e-4, True)):
         offsets = OFFSETS.copy()
         offsets[5] += np.float32(off)
-        (own / "model.onnx").write_bytes(network(offsets=offsets))
+        (own / f"{name}.onnx").write_bytes(graphs(network(offsets))[name])
         sign(own)
         if refused:
-            with pytest.raises(DataError, match=r"sell_q50 of its golden windows differs by 0\.0002 deviations"):
+            with pytest.raises(DataError, match=rf"sell_q50 of its golden windows by {told} differs by 0\.0002 dev"):
                 load_bundle(own)
         else:
             load_bundle(own)
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("step", LinearNetwork(2, 2, np.ones((4, 8)), OF_BAR, OFFSETS), "cannot be computed as its task says"),
+        ("step", LinearNetwork(3, 2, np.ones((5, 7)), OF_BAR, OFFSETS[:7]), "cannot be computed as its task says"),
+        ("readout", network(of_bar=OF_BAR[1:]), "cannot be computed as its task says"),
+        ("readout", LinearNetwork(3, 2, np.ones((5, 7)), OF_BAR, OFFSETS[:7]), "cannot be computed as its task says"),
+        (
+            "model",
+            LinearNetwork(3, 2, np.ones((5, 7)), OF_BAR, OFFSETS[:7]),
+            r"must answer \[3, 8\].* answers \[3, 7\]",
+        ),
+    ],
+)
+def test_networks_that_do_not_belong_together_are_refused(
+    own: Path, name: str, other: LinearNetwork, message: str
+) -> None:
+    """Other variables, other units, another lookback, other columns."""
+    (own / f"{name}.onnx").write_bytes(graphs(other)[name])
+    sign(own)
+    with pytest.raises(DataError, match=rf"{message}.*train again"):
+        load_bundle(own)
+
+
 def test_network_that_answers_nan_is_never_written(tmp_path: Path) -> None:
-    broken = parts(model=network(offsets=np.where(OFFSETS == 3, np.nan, OFFSETS).astype(np.float32)))
-    with pytest.raises(DataError, match="buy_q90 of its golden windows differs by nan"):
-        save_bundle(tmp_path / "a", broken)
+    broken = graphs(network(np.where(OFFSETS == 3, np.nan, OFFSETS).astype(np.float32)))
+    with pytest.raises(DataError, match="buy_q90 of its golden windows .* differs by nan"):
+        save_bundle(tmp_path / "a", parts(**broken))
     assert not list(tmp_path.iterdir())
+
+
+# --- what is remembered ---------------------------------------------------------------------------------------------
+
+
+def fresh() -> Bundle:
+    made = parts()
+    return Bundle(made.step, made.readout, made.task, made.scaler, made.reading, made.threshold)
+
+
+def test_only_bars_that_are_new_are_computed() -> None:
+    """Every step: windows as (symbol, first bar), and how many bars of them had not been there just before."""
+    bundle = fresh()
+    observed, known, _ = windows(3)
+    history = {symbol: windows(5)[:2] for symbol in TASK.symbols}  # 30 bars of each: the same numbers for all three
+    steps: list[tuple[list[tuple[str, int]], int]] = [
+        ([("AUSDT", 0)], 6),
+        ([("AUSDT", 0)], 0),
+        ([("AUSDT", 1)], 1),
+        ([("BUSDT", 1)], 6),  # the same numbers of another symbol
+        ([("BUSDT", 2), ("AUSDT", 2)], 2),  # in another order
+        ([("AUSDT", 5)], 3),
+        ([("AUSDT", 4)], 1),  # backwards
+        ([("AUSDT", 20)], 6),
+        ([("AUSDT", 4)], 6),  # only the last window is remembered
+        ([("CUSDT", 0), ("CUSDT", 1), ("CUSDT", 0)], 7),  # overlaps within a batch
+        ([("CUSDT", 2)], 2),
+        ([], 0),
+    ]
+    for wanted, new in steps:
+        rows = [
+            [array.reshape(30, -1)[first : first + LOOKBACK] for array in history[symbol]] for symbol, first in wanted
+        ]
+        observed = np.array([row[0] for row in rows]).reshape(-1, LOOKBACK, 3)
+        known = np.array([row[1] for row in rows]).reshape(-1, LOOKBACK, 2)
+        symbols = [symbol for symbol, _ in wanted]
+        before = bundle.bars_embedded
+        answers = bundle.predict(observed, known, symbols)
+        assert bundle.bars_embedded - before == new, wanted
+        np.testing.assert_allclose(
+            np.column_stack(list(answers.values())), expected(observed, known, symbols), rtol=1e-6, atol=1e-5
+        )
+
+
+def test_one_bit_of_one_input_makes_a_bar_another_one() -> None:
+    bundle = fresh()
+    observed, known, symbols = windows(1)
+    bundle.predict(observed, known, symbols)
+    for array, column in ((observed, 0), (observed, 2), (known, 0)):
+        array[0, 3, column] = np.nextafter(array[0, 3, column], np.float32(9), dtype=np.float32)
+        before = bundle.bars_embedded
+        bundle.predict(observed, known, symbols)
+        assert bundle.bars_embedded - before == 1
+
+
+Asked = list[tuple[int, int, int | None]]  # symbol, first bar, a bar of the window that was changed
+ASKED = st.lists(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 12), st.none() | st.integers(0, LOOKBACK - 1)),
+        min_size=1,
+        max_size=6,
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@budget(max_examples=60, deadline=None)
+@drawn(ASKED, st.integers(0, 3))
+def test_answers_do_not_depend_on_what_was_asked_before(batches: list[Asked], seed: int) -> None:
+    """However windows repeat, move and change: as a fresh bundle answers, and one window of a symbol is kept."""
+    bundle = fresh()
+    observed, known = (array.reshape(18, -1) for array in windows(3, seed)[:2])
+    for number, batch in enumerate(batches):
+        given = [observed[first : first + LOOKBACK].copy() for _, first, _ in batch]
+        for window, (_, _, changed) in zip(given, batch, strict=True):
+            if changed is not None:
+                window[changed] += 1 + number
+        calendar = np.stack([known[first : first + LOOKBACK] for _, first, _ in batch])
+        asked = (np.stack(given), calendar, [TASK.symbols[code] for code, *_ in batch])
+        answers, alone = bundle.predict(*asked), fresh().predict(*asked)
+        for name, unit in READING.units.items():
+            np.testing.assert_allclose(answers[name], alone[name], rtol=1e-6, atol=1e-6 * unit)
+            clear = np.abs(alone[name] - bundle.threshold) > 1e-5 * unit
+            np.testing.assert_array_equal(
+                (answers[name] > bundle.threshold)[clear], (alone[name] > bundle.threshold)[clear]
+            )
+        kept = bundle._embedder._remembered
+        assert kept.keys() <= {0, 1, 2}
+        assert all(len(keys) == len(answers) == LOOKBACK for keys, answers in kept.values())
+
+
+def test_explain_answers_selection_and_attention_of_every_bar(bundle: Bundle) -> None:
+    observed, known, symbols = windows(200, seed=4)
+    selection, attention = bundle.explain(observed, known, symbols)
+    scaled = SCALER.apply(np.concatenate([observed, known], axis=-1)).astype(float)
+    code = np.array([TASK.symbols.index(symbol) for symbol in symbols])
+    embedding = scaled[..., 1] + 2 * scaled[..., 4] + 10 * code[:, None]
+    for found, logits in ((selection, scaled), (attention, embedding)):
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, weights / weights.sum(axis=-1, keepdims=True), rtol=1e-4, atol=1e-7)
+    before = bundle.bars_embedded
+    bundle.explain(observed[-1:], known[-1:], symbols[-1:])
+    assert bundle.bars_embedded == before
+
+
+def test_explain_refuses_what_predict_refuses(bundle: Bundle) -> None:
+    observed, known, _ = windows(1)
+    with pytest.raises(DataError, match="not trained on XUSDT"):
+        bundle.explain(observed, known, ["XUSDT"])
+    assert [part.shape for part in bundle.explain(observed[:0], known[:0], [])] == [(0, 6, 5), (0, 6)]
+
+
+# --- in the runner --------------------------------------------------------------------------------------------------
+
+
+def test_closed_bar_costs_one_step_of_each_symbol() -> None:
+    """With the real indicators of as much history as the runner keeps: 59 inputs are the same, to the bit."""
+    symbols = ("BTCUSDT", "ETHUSDT")
+    made = momentum_parts(symbols, {})
+    bundle = Bundle(made.step, made.readout, made.task, made.scaler, made.reading, made.threshold)
+    forecaster, length, bars = bundle_forecaster(bundle, 0), history_bars(bundle), 6
+    synthetic = SyntheticMarket(7, 0.1, to_ms(parse_time("2025-01-01T00:00Z")))
+    candles = {symbol: synthetic.candles(symbol)[3000 : 3000 + length + bars] for symbol in symbols}
+    alone = bundle_forecaster(Bundle(made.step, made.readout, made.task, made.scaler, made.reading, 0), 0)
+    computed = []
+    for bar in range(bars):
+        seen = {symbol: series[bar : bar + length] for symbol, series in candles.items()}
+        open_time_ms = int(seen["BTCUSDT"].open_time_ms[-1])
+        before = bundle.bars_embedded
+        (forecast,) = forecaster.forecast(seen, [(open_time_ms, symbols)])
+        computed.append(bundle.bars_embedded - before)
+        assert forecast.symbols == symbols
+        change = [series.close[-1] / series.close[-5] - 1 for series in seen.values()]
+        np.testing.assert_allclose(forecast.outputs["buy_mean"], 0.3 * np.array(change), rtol=1e-4, atol=1e-7)
+    assert computed == [2 * made.task.lookback, *[2] * (bars - 1)]
+    # A block of bars at once, as after a restart, gives the last forecast again.
+    whole = {symbol: series[: bars - 1 + length] for symbol, series in candles.items()}
+    times = whole["BTCUSDT"].open_time_ms[-bars:].tolist()
+    again = alone.forecast(whole, [(time, symbols) for time in times])[-1]
+    np.testing.assert_allclose(again.outputs["buy_mean"], forecast.outputs["buy_mean"], rtol=1e-6)
 
 
 # --- nothing pickled, nothing heavy ---------------------------------------------------------------------------------
@@ -353,18 +520,22 @@ def test_pickle_in_the_golden_windows_is_not_unpacked(own: Path, tmp_path: Path)
 
 def test_loading_and_predicting_needs_no_training_stack(written: Path) -> None:
     code = f"""
-import sys, warnings
+import sys, time, warnings
 warnings.simplefilter("error")
 import numpy as np
 from perpcast.bundle import load_bundle
 bundle = load_bundle({str(written)!r})
 answers = bundle.predict(np.full((2, 6, 3), 1024.0), np.zeros((2, 6, 2)), ["AUSDT", "BUSDT"])
+begun = time.process_time()
+time.sleep(0.2)
+idle = time.process_time() - begun
 heavy = {{"tensorflow", "keras", "onnx", "tf2onnx", "matplotlib", "sqlalchemy", "pickle5"}} & set(sys.modules)
-print(answers["buy_mean"].tolist(), sorted(heavy))
+print(answers["buy_mean"].tolist(), sorted(heavy), idle < 0.02 or idle)
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    # level 0, hour_cos (0 + 1) / 2: 2 * 0.5 = 1; BUSDT 10 more; * 0.5 + 0.25
-    assert run.stdout.strip() == "[0.75, 5.75] []", run.stderr
+    # level 0, hour_cos (0 + 1) / 2: 2 * 0.5 = 1, BUSDT 10 more; over all bars * 1.96875; * 0.5 + 0.25.
+    # And no thread spins after the answer.
+    assert run.stdout.strip() == "[1.234375, 11.078125] [] True", run.stderr
 
 
 # --- written whole or not at all ------------------------------------------------------------------------------------

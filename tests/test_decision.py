@@ -1,7 +1,10 @@
 """Decisions: the order of candidates, one position per symbol, no more than are allowed; drawn signals beside."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perpcast.decision import Refused, Taken, decide, ranked, signals_from_returns
-from perpcast.market import Side, Signal
+from perpcast.errors import ConfigError
+from perpcast.exit_policy import ExitPolicy
+from perpcast.live.forecast import check_model
+from perpcast.market import SIDES, Side, Signal
+from perpcast.outputs import OutputReading
+from perpcast.task import Target
+from tests.model_world import HORIZON, TASK
 
 ONE = Decimal(1)
 
@@ -44,6 +53,47 @@ def test_signals_carry_expected_funding_by_side() -> None:
     assert [(s.symbol, s.side) for s in signals] == [("A", "buy"), ("A", "sell"), ("B", "buy"), ("B", "sell")]
     assert [s.score for s in signals] == pytest.approx([0.0015, 0.0035, 0.001, -0.001])
     assert {(s.open_time_ms, s.source) for s in signals} == {(900_000, "m")}
+
+
+POLICY = ExitPolicy(0.011, 0.058, ((0.012, 0.2), (0.024, 0.3), (0.035, 0.3)), (0.0, 0.012, 0.024), 20, 5e-4, 2e-4, 2e-4)
+CLASSIFIER = replace(
+    TASK,
+    targets=tuple(Target(side, "classification", HORIZON) for side in SIDES),
+    exit_policies={side: POLICY.to_json() for side in SIDES},
+)
+
+
+def test_probabilities_are_traded_by_the_return_that_they_imply() -> None:
+    """Wins of 3 % and losses of 1 % in training: at 3/4 a buy is worth 2 %, at 1/4 it earns nothing."""
+    reading = OutputReading.fit(CLASSIFIER, np.array([[0.03, 0.01], [-0.01, -0.02]]))
+    logits = np.log([[3.0, 1.0], [1 / 3, 3.0]])
+    signals = signals_from_returns(reading.read(logits), ["A", "B"], 0, "m", {"A": 0.001})
+    # Sells win 1 and lose 2 %: -0.5 % at 1/2, plus the funding that A's short receives; 0.25 % at 3/4.
+    assert [s.score for s in signals] == pytest.approx([0.02 - 0.001, -0.005 + 0.001, 0.0, 0.0025], abs=1e-8)
+    assert outcome(signals, threshold=0.001) == [
+        ("A", "buy", "taken"),
+        ("B", "sell", "taken"),
+        ("B", "buy", "not above the threshold"),
+        ("A", "sell", "not above the threshold"),
+    ]
+
+
+def test_check_model_asks_for_an_expected_return_of_every_side_and_for_no_kind_of_model() -> None:
+    policies: dict[Side, ExitPolicy] = dict.fromkeys(SIDES, POLICY)
+
+    def check(**changes: Any) -> None:
+        bundle: Any = SimpleNamespace(task=replace(CLASSIFIER, **changes))
+        check_model(bundle, "15", policies)
+
+    check()
+    check(targets=TASK.targets)
+    with pytest.raises(ConfigError, match="does not predict sell_mean, only buy_profit_probability, buy_mean"):
+        check(targets=CLASSIFIER.targets[:1])
+    wider = {**CLASSIFIER.exit_policies, "buy": replace(POLICY, stop=0.02).to_json()}
+    with pytest.raises(ConfigError, match=r"another buy trade .* \(stop 0.02 against 0.011\)"):
+        check(exit_policies=wider)
+    with pytest.raises(ConfigError, match="interval is 15, the model was trained on 5"):
+        check(interval="5")
 
 
 def test_rank_is_score_then_symbol_then_buy_before_sell() -> None:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from perpcast.evaluation.report import PaperSession, PaperTrade, RunReport, Stage, write_report
+from perpcast.evaluation.scores import PROFIT_METRICS, ProfitScores
 from perpcast.evaluation.threshold import choose_threshold
 from perpcast.market import SIDES
 from tests.test_evaluation_scores import scored
@@ -58,6 +60,17 @@ def test_write_report_json_has_the_numbers_of_the_page(tmp_path: Path) -> None:
     assert data["evaluation"]["verdict"]["sentence"] == run.evaluation.verdict.sentence
     assert data["paper"] == {"initial": 1e4, "final": 10_004.2, "trades": 1, "open_positions": 1}
     assert data["threshold"]["threshold"] == run.choice.threshold
+
+
+def test_write_report_of_a_classifier_shows_what_it_promised_and_what_won(tmp_path: Path) -> None:
+    tenth = {"count": 1200.0, "predicted": 0.314, "realised": 0.271}
+    metrics = dict.fromkeys(PROFIT_METRICS, 0.5)
+    found = ProfitScores({**metrics, "auc": 0.537}, 0.3, metrics, (tenth,))
+    run = report()
+    evaluation = replace(run.evaluation, profits={"buy": found, "sell": found})
+    page = write_report(replace(run, evaluation=evaluation), tmp_path).read_text()
+    assert page.count("<td>31.4 %</td><td>27.1 %</td><td>1,200</td>") == 2
+    assert page.count("<td>0.537</td>") == 2
 
 
 @pytest.mark.parametrize("paper", [None, PaperSession(np.empty(0, np.int64), np.empty(0), 1e4, ())])

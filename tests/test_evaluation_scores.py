@@ -1,15 +1,18 @@
 """Splits, metrics, bootstrap, baselines, threshold and verdict, with the arithmetic beside the number."""
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perpcast.errors import MissingInputError
 from perpcast.evaluation import metrics
 from perpcast.evaluation.baselines import Baseline, Constant, LastSign
 from perpcast.evaluation.bootstrap import confidence_interval, stationary_draws, sums_by_day
-from perpcast.evaluation.scores import Evaluation, Windows, baseline_forecasts, evaluate
+from perpcast.evaluation.scores import PROFIT_METRICS, Evaluation, Windows, baseline_forecasts, evaluate
 from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, split_by_time
 from perpcast.evaluation.threshold import choose_threshold, take_trades
 from perpcast.market import SIDES
@@ -119,6 +122,72 @@ def test_rank_ic_by_symbol_constant_forecast_has_none() -> None:
     )
     assert values[0] == pytest.approx(-1)
     assert np.isnan(values[1])
+
+
+def test_calls_by_hand() -> None:
+    """Called are the first three, of which two earned; three earned in all."""
+    profit = np.array([True, True, False, True, False])
+    probability = np.array([0.9, 0.6, 0.51, 0.5, 0.1])
+    # Right: calls 1 and 2, no call 5. F1 is the harmonic mean of 2/3 and 2/3.
+    expected = {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
+    assert metrics.classified(profit, probability) == pytest.approx(expected)
+    # Above 0.55 two calls, both right: precision 1, recall 2/3, F1 2 x 2 / (2 + 3).
+    expected = {"accuracy": 4 / 5, "precision": 1, "recall": 2 / 3, "f1": 4 / 5}
+    assert metrics.classified(profit, probability, cut=0.55) == pytest.approx(expected)
+
+
+def test_calls_that_are_never_made_have_no_precision() -> None:
+    never = metrics.classified(np.array([True, False, False, False]), np.full(4, 0.25))
+    assert never == pytest.approx({"accuracy": 3 / 4, "precision": np.nan, "recall": 0, "f1": 0}, nan_ok=True)
+    nothing = metrics.classified(np.zeros(4, bool), np.full(4, 0.25))
+    assert nothing == pytest.approx({"accuracy": 1, "precision": np.nan, "recall": np.nan, "f1": np.nan}, nan_ok=True)
+
+
+def test_probabilities_by_hand() -> None:
+    profit, probability = np.array([True, False, True]), np.array([0.8, 0.4, 0.5])
+    assert metrics.brier(profit, probability) == pytest.approx((0.04 + 0.16 + 0.25) / 3)
+    assert metrics.log_loss(profit, probability) == pytest.approx(-np.log(0.8 * 0.6 * 0.5) / 3)
+    # Pairs (0.8, 0.4) and (0.5, 0.4), both in order; a tie is half a pair.
+    assert metrics.auc(profit, probability) == 1
+    assert metrics.auc(profit, np.array([0.8, 0.5, 0.5])) == pytest.approx(1.5 / 2)
+    assert metrics.auc(profit, np.array([0.1, 0.4, 0.4])) == pytest.approx(0.5 / 2)
+    assert np.isnan(metrics.auc(np.ones(3, bool), probability))
+    # A float32 that was rounded to 1 and was wrong is no more certain than a float32 can be.
+    assert metrics.log_loss(np.array([False]), np.ones(1, np.float32)) == pytest.approx(23 * np.log(2))
+
+
+pairs = st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=2, max_size=40)
+
+
+@given(pairs)
+def test_auc_is_the_share_of_pairs_in_order(drawn: list[tuple[bool, int]]) -> None:
+    profit, probability = np.array([won for won, _ in drawn]), np.array([eighths / 8 for _, eighths in drawn])
+    wins, losses = probability[profit], probability[~profit]
+    if len(wins) and len(losses):
+        order = np.sign(wins[:, None] - losses[None])
+        assert metrics.auc(profit, probability) == pytest.approx(((order + 1) / 2).mean())
+
+
+def test_calibration_bins_by_hand() -> None:
+    """Ten windows in five bins of two; the upper half is given 0.9 and shares one bin."""
+    probability = np.array([0.05, 0.15, 0.2, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9, 0.9])
+    profit = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 1], bool)
+    bins = metrics.calibration_bins(profit, probability, bins=5)
+    # Edges at the quantiles 0.2, 0.4, 0.6, 0.8 of 10 values: 0.19, 0.36, 0.9, 0.9.
+    assert [row["count"] for row in bins] == [2, 2, 1, 5]
+    assert [row["predicted"] for row in bins] == pytest.approx([0.1, 0.25, 0.4, 0.9])
+    assert [row["realised"] for row in bins] == pytest.approx([0, 0.5, 1, 0.8])
+
+
+@given(pairs)
+def test_calibration_bins_hold_every_window_once(drawn: list[tuple[bool, int]]) -> None:
+    profit, probability = np.array([won for won, _ in drawn]), np.array([eighths / 8 for _, eighths in drawn])
+    bins = metrics.calibration_bins(profit, probability)
+    count = np.array([row["count"] for row in bins])
+    assert count.sum() == len(drawn)
+    assert count @ [row["predicted"] for row in bins] == pytest.approx(probability.sum())
+    assert count @ [row["realised"] for row in bins] == pytest.approx(profit.sum())
+    assert (np.diff([row["predicted"] for row in bins]) > 0).all()
 
 
 def test_sums_by_day_keep_empty_days() -> None:
@@ -262,3 +331,54 @@ def test_evaluate_points_equal_the_plain_metrics() -> None:
     assert scores["rmse"].value == pytest.approx(metrics.rmse(realised, predicted))
     assert scores["r2"].value == pytest.approx(metrics.r2(realised, predicted))
     assert scores["direction"].value == pytest.approx(metrics.direction_accuracy(realised, predicted))
+
+
+def classified(edge: float, sharpness: float) -> Evaluation:
+    """Probabilities sigmoid(sharpness x state), payoffs +- 1 %; a fifth of the training trades are said to have won."""
+    windows, state = synthetic(edge)
+    baselines: list[Baseline] = [Constant.fit(windows.realised)]
+    predicted: dict[str, np.ndarray] = {}
+    for side, sign in (("buy", 1), ("sell", -1)):
+        probability = 1 / (1 + np.exp(-sign * sharpness * state))
+        predicted[f"{side}_profit_probability"] = probability.astype(np.float32)
+        predicted[f"{side}_mean"] = 0.02 * probability - 0.01
+    forecasts = baseline_forecasts(baselines, np.zeros(len(windows)))
+    return evaluate(windows, predicted, forecasts, 0.0, seed=7, base_rates={"buy": 0.2, "sell": 0.2})
+
+
+def test_evaluate_probabilities_beside_the_base_rate() -> None:
+    evaluation = classified(edge=1.0, sharpness=2.0)
+    assert evaluation.verdict.level == "better"
+    for side in SIDES:
+        found = evaluation.profits[side]
+        profit = evaluation.windows.realised[side] > 0
+        probability = evaluation.predicted[f"{side}_profit_probability"]
+        assert list(found.scores) == list(found.base) == list(PROFIT_METRICS)
+        assert found.scores["auc"] > 0.75
+        assert found.scores["log_loss"] == pytest.approx(metrics.log_loss(profit, probability))
+        assert found.scores["log_loss"] < found.base["log_loss"]
+        assert found.scores["brier"] < found.base["brier"]
+        # The base rate is that of training, 0.2, not that of the windows themselves.
+        won = profit.mean()
+        assert found.base["brier"] == pytest.approx(won * 0.64 + (1 - won) * 0.04)
+        assert found.base["log_loss"] == pytest.approx(-won * np.log(0.2) - (1 - won) * np.log(0.8))
+        assert (found.base["auc"], found.base["recall"]) == (0.5, 0)
+        assert found.base["accuracy"] == pytest.approx(1 - won)
+        # The state lasts 48 bars and takes 240 values a symbol: bins of ties, yet close to a tenth each.
+        assert [row["count"] for row in found.calibration] == pytest.approx([len(profit) / 10] * 10, rel=0.05)
+
+
+def test_evaluate_probabilities_without_an_edge_lose_to_the_base_rate_of_their_own() -> None:
+    found = classified(edge=0.0, sharpness=2.0).profits["buy"]
+    assert found.scores["auc"] == pytest.approx(0.5, abs=0.05)
+    assert found.scores["log_loss"] > np.log(2) + 0.1  # that of a coin's own rate
+
+
+def test_evaluation_of_probabilities_is_plain_json_and_that_of_returns_has_none() -> None:
+    described = json.loads(json.dumps(classified(1.0, 2.0).to_json(), allow_nan=False))
+    buy = described["profits"]["buy"]
+    assert buy["base"]["precision"] is None  # nothing is called at a rate of 0.2
+    assert buy["base_rate"] == 0.2
+    assert set(buy["scores"]) == set(PROFIT_METRICS)
+    assert set(buy["calibration"][0]) == {"count", "predicted", "realised"}
+    assert scored(edge=0.3, forecast_scale=0.003).to_json()["profits"] == {}

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # The floors of the design, lowest first. A room imports rooms on lower floors and itself, never a neighbour.
 FLOORS = [
     ["config", "errors", "kill_point", "timeframe", "market", "task"],
-    ["features", "exit_policy", "decision", "sizing", "backtest", "quality"],
+    ["features", "exit_policy", "decision", "sizing", "backtest", "quality", "outputs"],
     ["evaluation", "models", "bundle", "simulator", "database", "exchange"],
     ["live", "training", "download", "prepare", "universe"],
     ["command_line"],

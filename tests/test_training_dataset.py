@@ -17,7 +17,7 @@ from perpcast.features.inputs import compute_inputs, known_inputs
 from perpcast.market import SIDES, CandleSeries, Side
 from perpcast.prepare import prepare
 from perpcast.task import Task
-from perpcast.training.dataset import Dataset, build_dataset, load_dataset, regression_task
+from perpcast.training.dataset import Dataset, build_dataset, classification_task, load_dataset, regression_task
 
 STEP = 900_000
 START = 1_700_000_100_000 // STEP * STEP
@@ -167,6 +167,22 @@ def test_build_dataset_labels_of_another_policy_are_refused(
 def test_build_dataset_purge_below_the_labels_reach_is_refused(database: Database, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least the label's reach of 21 bars, received 0"):
         build_dataset(database, task_of("AAAUSDT"), tmp_path, FRACTIONS, universe_as_of="2025", purge=0)
+
+
+def test_classification_task_is_another_dataset_of_the_same_rows(
+    database: Database, candles: dict[str, CandleSeries], tmp_path: Path
+) -> None:
+    task = fill(database, candles)
+    dataset = build(database, task, tmp_path)
+    profits = classification_task("15", 12, POLICY.horizon, task.symbols, POLICIES)
+    assert profits.outputs == ("buy_profit_probability", "buy_mean", "sell_profit_probability", "sell_mean")
+    assert replace(profits, targets=task.targets) == task
+    other = build(database, profits, tmp_path)
+    assert load_dataset(other.path).task == other.task == profits
+    assert other.fingerprint != dataset.fingerprint
+    np.testing.assert_array_equal(other.inputs, dataset.inputs)
+    rows = dataset.index["v1"]
+    np.testing.assert_array_equal(other.targets(rows), dataset.targets(rows))
 
 
 def test_load_dataset_refuses_a_damaged_or_leaking_folder(

@@ -9,11 +9,14 @@ from sqlalchemy import text
 
 from perpcast.database import Database, read_predictions
 from perpcast.errors import MissingInputError
+from perpcast.outputs import OutputReading
+from perpcast.task import Target
 from perpcast.training.dataset import Dataset
 from perpcast.training.outcome import JUDGED, Outcome, judge, read_outcome, store_predictions
-from tests.model_world import TASK, small_dataset
+from tests.model_world import HORIZON, TASK, small_dataset
 
 Predicted = dict[str, dict[str, np.ndarray]]
+CLASSIFIER = replace(TASK, targets=tuple(Target(side, "classification", HORIZON) for side in ("buy", "sell")))
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,71 @@ def test_constant_forecast_does_not_beat_the_baselines(long_dataset: Dataset) ->
     assert np.isnan(model.scores["rank_ic"].value)
     # Both means lie at -0.3 %: nothing is expected to earn, so nothing is taken.
     assert len(model.trades) == 0
+
+
+# --- probabilities --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(dataset: Dataset) -> Dataset:
+    return replace(dataset, task=CLASSIFIER)
+
+
+@pytest.fixture(scope="module")
+def probabilities(classifier: Dataset) -> Predicted:
+    """What a network that reads the planted signal, and is far too sure of it, says when calibrated on V2."""
+    reading = OutputReading.fit(CLASSIFIER, classifier.targets(classifier.index["train"]))
+
+    def raw(split: str) -> np.ndarray:
+        level = (classifier.inputs[classifier.index[split], 1].astype(float) - 1000) / 50
+        return 20 * np.stack([level, -level], axis=1)
+
+    calibrated = reading.calibrated(raw("v2"), classifier.targets(classifier.index["v2"]))
+    return {split: calibrated.read(raw(split)) for split in JUDGED}
+
+
+def test_probabilities_are_judged_as_returns_and_as_probabilities(
+    classifier: Dataset, probabilities: Predicted
+) -> None:
+    """A trade earns level - 0.3 and a noise of 0.3: about a third win, and the level nearly tells which."""
+    outcome = judge(classifier, probabilities, seed=1)
+    evaluation = outcome.evaluation
+    assert evaluation.model.scores["rank_ic"].value > 0.7
+    assert evaluation.model.scores["trade_return"].value > 0
+    train, test = classifier.windows("train").realised, classifier.windows("test").realised
+    for side, scores in evaluation.profits.items():
+        assert scores.base_rate == np.mean(train[side] > 0) != np.mean(test[side] > 0)
+        assert scores.scores["auc"] > 0.9
+        assert scores.scores["log_loss"] < 0.6 * scores.base["log_loss"]
+        for row in scores.calibration:
+            assert row["realised"] == pytest.approx(row["predicted"], abs=5 * np.sqrt(0.25 / row["count"]))
+    assert list(evaluation.profits) == ["buy", "sell"]
+    assert judge(classifier, probabilities, seed=1).evaluation.to_json() == evaluation.to_json()
+
+
+def test_probabilities_choose_the_threshold_by_the_return_that_they_imply(
+    classifier: Dataset, probabilities: Predicted
+) -> None:
+    """The same means told as returns lead to the same threshold and trades."""
+    means = {
+        split: {name: outputs[f"{name.split('_')[0]}_mean"] for name in TASK.outputs}
+        for split, outputs in probabilities.items()
+    }
+    told, plain = judge(classifier, probabilities, seed=1), judge(replace(classifier, task=TASK), means, seed=1)
+    assert told.choice == plain.choice
+    assert told.choice.threshold > 0
+    np.testing.assert_array_equal(told.evaluation.model.trades.row, plain.evaluation.model.trades.row)
+    assert plain.evaluation.profits == {}
+
+
+def test_stored_probabilities_tell_the_same_outcome(
+    database: Database, classifier: Dataset, probabilities: Predicted
+) -> None:
+    store_predictions(database, classifier, "tft-1", probabilities)
+    assert_same_outcome(read_outcome(database, classifier, "tft-1", seed=1), judge(classifier, probabilities, seed=1))
+    # As returns they are not whole: there are no quantiles.
+    with pytest.raises(MissingInputError, match="lacks predictions of tft-1"):
+        read_outcome(database, replace(classifier, task=TASK), "tft-1", seed=1)
 
 
 # --- kept in the database -------------------------------------------------------------------------------------------

@@ -125,10 +125,6 @@ def test_replay_on_a_real_exchange_is_refused(tmp_path: Path) -> None:
     assert "needs the local exchange" in refused("live_runner.py", {}, tmp_path, "", "--mode", "replay")
 
 
-def test_classification_comes_later(tmp_path: Path) -> None:
-    assert "comes later" in refused("train_universal_transformer.py", {}, tmp_path, "", "--task", "classification")
-
-
 def test_reader_that_has_seen_enough_is_no_error() -> None:
     command = f"{sys.executable} {ROOT / 'live_runner.py'} --help | head -1"
     run = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)

@@ -1,12 +1,16 @@
-"""The scores of a forecast of returns: pure functions, arrays in, numbers out; NaN where a score is not defined.
+"""The scores of a forecast of returns, and of profits: pure functions, arrays in, numbers out; NaN where not defined.
 
-Realised and predicted are arrays [n] without NaN, in one unit (fractions here).
+Realised and predicted are arrays [n] without NaN, in one unit (fractions here). `profit` is bool [n], True where the
+trade earned, `probability` what was given for it, 0 to 1.
 """
 
 import numpy as np
 import pandas as pd
 
 from perpcast.timeframe import DAY_MS
+
+# Probabilities are float32: one that was rounded to 0 or 1 was no surer than this.
+_SUREST = float(np.finfo(np.float32).eps)
 
 
 def mae(realised: np.ndarray, predicted: np.ndarray) -> float:
@@ -73,6 +77,55 @@ def rank_ic_by_symbol(realised: np.ndarray, predicted: np.ndarray, symbol: np.nd
         for code, group in ranks.groupby(frame["symbol"])
     }
     return pd.Series(values, dtype=float)
+
+
+def classified(profit: np.ndarray, probability: np.ndarray, cut: float = 0.5) -> dict[str, float]:
+    """Accuracy, precision, recall and F1 of calling a profit wherever `probability` is above `cut`.
+
+    Where most trades lose, never calling one is accurate: then precision is not defined, recall and F1 are 0.
+    """
+    called = probability > cut
+    right, calls, profits = (int(np.sum(rows)) for rows in (called & profit, called, profit))
+    return {
+        "accuracy": float(np.mean(called == profit)),
+        "precision": right / calls if calls else np.nan,
+        "recall": right / profits if profits else np.nan,
+        "f1": 2 * right / (calls + profits) if calls + profits else np.nan,
+    }
+
+
+def auc(profit: np.ndarray, probability: np.ndarray) -> float:
+    """The chance that a profit was given a higher probability than a loss; equal ones count half."""
+    wins, losses = int(np.sum(profit)), int(np.sum(~profit))
+    if not wins or not losses:
+        return np.nan
+    ranks = pd.Series(probability).rank().to_numpy()  # ties share their mean rank
+    return float((np.sum(ranks[profit]) - wins * (wins + 1) / 2) / (wins * losses))
+
+
+def brier(profit: np.ndarray, probability: np.ndarray | float) -> float:
+    """Mean squared distance of the probability from what came true, 1 or 0."""
+    return float(np.mean((probability - profit.astype(np.float64)) ** 2))
+
+
+def log_loss(profit: np.ndarray, probability: np.ndarray | float) -> float:
+    """Mean surprise, -log of the probability given to what came true."""
+    sure = np.clip(np.asarray(probability, np.float64), _SUREST, 1 - _SUREST)
+    return float(-np.mean(np.where(profit, np.log(sure), np.log(1 - sure))))
+
+
+def calibration_bins(profit: np.ndarray, probability: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Given and realised frequency by quantile of the probability, lowest first: `count`, `predicted`, `realised`.
+
+    Equal probabilities share a bin, so that there may be fewer than `bins`.
+    """
+    edges = np.unique(np.quantile(probability, np.arange(1, bins) / bins))
+    place = np.searchsorted(edges, probability, side="right")
+    frame = pd.DataFrame({"predicted": probability, "realised": profit}, dtype=np.float64)
+    means = frame.groupby(place).agg(
+        count=("realised", "size"), predicted=("predicted", "mean"), realised=("realised", "mean")
+    )
+    return [{str(name): float(value) for name, value in row.items()} for row in means.to_dict("records")]
 
 
 def _row_correlation(left: np.ndarray, right: np.ndarray, min_count: int) -> np.ndarray:

@@ -3,8 +3,10 @@
 Blue is the model or a buy, orange a sell, grey whatever it has to beat. Drawn without pyplot: no global state.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -12,9 +14,10 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from perpcast.evaluation.scores import Evaluation, daily_rank_ic
+from perpcast.evaluation.scores import Evaluation, Windows, daily_rank_ic
 from perpcast.evaluation.threshold import ThresholdChoice
 from perpcast.market import SIDES
 from perpcast.timeframe import DAY_MS
@@ -23,6 +26,14 @@ INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, RED = "#1d6fb8", "#d9730d", "#2a9d6f", "#c8453b"
 SIDE_COLOURS = {"buy": BLUE, "sell": ORANGE}
 DECILES = 10
+_MARKED_EPOCHS = 40  # a curve of more has no dots
+_SMALL_PANELS = {
+    "learning_rate": ("learning rate", "{x:g}"),
+    "gradient_norm": ("gradient norm", "{x:g}"),
+    "samples_per_second": ("samples per second", "{x:,.0f}"),
+}
+_LABELLED = 10  # bars with their number written beside them
+_SUBTITLE_WIDTH = 112  # characters that fit beside each other in a figure of the house's width
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
@@ -34,45 +45,77 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
+class Judged(Protocol):
+    """Forecasts beside what came true: an `Evaluation`, or a look at a network in training."""
+
+    @property
+    def windows(self) -> Windows:
+        """The windows that were forecast."""
+
+    @property
+    def predicted(self) -> Mapping[str, np.ndarray]:
+        """Outputs by name, each [windows]."""
+
+
 def training_curve(history: Mapping[str, Sequence[float]]) -> Figure:
     """Loss by epoch on the training windows and on V1, with the epoch whose weights were kept.
 
-    `history` holds `loss` and `val_loss`, one value an epoch.
+    `history` holds `loss` and `val_loss`, one value an epoch; learning rate, gradient norm and samples per second have
+    small panels of their own below where it holds them too.
     """
-    figure, axes = new_figure("Training: loss by epoch", "The weights kept are those of the lowest V1 loss")
+    small = [name for name in _SMALL_PANELS if name in history]
+    figure = Figure(figsize=(8, 6.2 if small else 4.2), layout="constrained")
     epochs = np.arange(1, len(history["loss"]) + 1)
-    axes.plot(epochs, history["loss"], color=MUTED, marker="o", markersize=4, label="training windows")
-    kept = int(np.nanargmin(history["val_loss"]))
-    axes.plot(epochs, history["val_loss"], color=BLUE, marker="o", markersize=4, linewidth=2, label="V1")
+    kept = epochs[int(np.nanargmin(history["val_loss"]))]
+    titles(figure, "Training: loss by epoch", "The weights kept are those of the epoch with the lowest V1 loss")
+    rows = figure.add_gridspec(2 if small else 1, max(1, len(small)), height_ratios=[2.4, 1] if small else None)
+    marker = "o" if len(epochs) <= _MARKED_EPOCHS else None
+    axes = _epoch_axes(figure, rows[0, :], epochs, kept)
+    axes.plot(epochs, history["loss"], color=MUTED, marker=marker, markersize=4, label="training windows")
+    axes.plot(epochs, history["val_loss"], color=BLUE, marker=marker, markersize=4, linewidth=2, label="V1")
     axes.scatter(
-        [epochs[kept]], [history["val_loss"][kept]], s=110, facecolor="white", edgecolor=BLUE, linewidth=2, zorder=5,
-        label=f"kept: epoch {epochs[kept]}",
+        [kept], [history["val_loss"][kept - 1]], s=110, facecolor="white", edgecolor=BLUE, linewidth=2, zorder=5,
+        label=f"kept: epoch {kept}",
     )  # fmt: skip
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
-    axes.set_xlim(0.5, len(epochs) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
+    for column, name in enumerate(small):
+        panel = _epoch_axes(figure, rows[1, column], epochs, kept)
+        panel.plot(epochs, history[name], color=INK, marker=marker, markersize=3, linewidth=1.4)
+        title, form = _SMALL_PANELS[name]
+        panel.set_title(title, fontsize=10, color=INK, loc="left")
+        panel.margins(y=0.12)
+        panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_locator(MaxNLocator(4))
+        panel.yaxis.set_major_formatter(form)
     return figure
 
 
-def predicted_against_realised(evaluation: Evaluation) -> Figure:
+def _epoch_axes(figure: Figure, place: SubplotSpec, epochs: np.ndarray, kept: int) -> Axes:
+    axes = figure.add_subplot(place)
+    bare(axes)
+    axes.axvline(kept, color=BLUE, linewidth=1, linestyle=":")
+    axes.set_xlim(0.5, len(epochs) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    return axes
+
+
+def predicted_against_realised(judged: Judged, span: str = "Test span") -> Figure:
     """Mean realised return by decile of the prediction, each side; on the dashed line the two agree.
 
     Deciles and not single trades: half of all labels are the same stop, and a cloud of points shows only that.
     """
     figure, axes = new_figure(
-        "Expected against realised return, by decile", "Test span; on the dashed line expectation and outcome agree"
+        "Expected against realised return, by decile", f"{span}; on the dashed line expectation and outcome agree"
     )
     spans = []
     for side in SIDES:
-        expected, realised = evaluation.predicted[f"{side}_mean"], evaluation.windows.realised[side]
-        decile = (pd.Series(expected).rank(method="first").to_numpy() - 1) * DECILES // len(expected)
-        means = pd.DataFrame({"expected": expected, "realised": realised}).groupby(decile).mean()
+        means = decile_means(judged.predicted[f"{side}_mean"], judged.windows.realised[side])
         axes.plot(
-            means["expected"], means["realised"], color=SIDE_COLOURS[side], marker="o", linewidth=1.6, label=side,
+            means["predicted"], means["realised"], color=SIDE_COLOURS[side], marker="o", linewidth=1.6, label=side,
         )  # fmt: skip
-        spans += [means["expected"].min(), means["expected"].max()]
+        spans += [means["predicted"].min(), means["predicted"].max()]
     low, high = min(spans), max(spans)
     axes.plot([low, high], [low, high], color=MUTED, linestyle="--", linewidth=1.2, label="perfectly calibrated")
     axes.axhline(0, color=INK, linewidth=0.8)
@@ -83,16 +126,26 @@ def predicted_against_realised(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def decile_means(predicted: np.ndarray, realised: np.ndarray) -> pd.DataFrame:
+    """Mean of both (columns `predicted`, `realised`) by decile of the prediction, 1 to 10 (the index).
+
+    Equal predictions are never told apart: a constant has one decile.
+    """
+    rank = pd.Series(predicted).rank(method="average").to_numpy()
+    decile = ((rank - 0.5) * DECILES // len(predicted)).astype(int) + 1
+    return pd.DataFrame({"predicted": predicted, "realised": realised}, dtype=np.float64).groupby(decile).mean()
+
+
 def score_intervals(evaluation: Evaluation) -> Figure:
     """Rank IC by day and return per trade, model beside baselines, with 95 % intervals; grey bars are the baselines."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    _titles(figure, "Model beside its baselines", "Bars are 95 % intervals; right of the line is better than nothing")
+    titles(figure, "Model beside its baselines", "Bars are 95 % intervals; right of the line is better than nothing")
     panels = figure.subplots(1, 2)
     for axes, metric, title in (
         (panels[0], "rank_ic", "rank IC by day"),
         (panels[1], "trade_return", "net return per trade"),
     ):
-        _bare(axes)
+        bare(axes)
         names = [card.name for card in evaluation.cards]
         for place, card in enumerate(evaluation.cards):
             score = card.scores[metric]
@@ -118,7 +171,7 @@ def equity_of_decisions(evaluation: Evaluation) -> Figure:
     """Cumulated return of the trades that the frozen threshold took, in notionals of one trade, with drawdown."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     trades = evaluation.model.trades
-    _titles(
+    titles(
         figure,
         "What the decisions would have earned",
         "Sum of net returns, equal sizes, after fees and slippage, before funding; 100 % is one trade's notional",
@@ -126,14 +179,14 @@ def equity_of_decisions(evaluation: Evaluation) -> Figure:
     curve, fall = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if not len(trades):
         for axes in (curve, fall):
-            _bare(axes)
+            bare(axes)
             axes.set_yticks([])
         curve.text(0.5, 0.5, "The threshold took no trade", transform=curve.transAxes, ha="center", color=MUTED)
         return figure
     times = _times(evaluation.windows.open_time_ms[trades.row])
     earned = np.cumsum(trades.earned)
     for axes in (curve, fall):
-        _bare(axes)
+        bare(axes)
         percent_axes(axes, "y")
     for code, side in enumerate(SIDES):
         part = np.cumsum(np.where(trades.side == code, trades.earned, 0))
@@ -156,7 +209,7 @@ def threshold_curve(choice: ThresholdChoice) -> Figure:
     points = [point for point in choice.curve if point.trades]
     places = [point.threshold for point in points]
     counts = axes.twinx()
-    _bare(counts)
+    bare(counts)
     counts.grid(visible=False)
     counts.fill_between(places, [point.trades for point in points], color=GRID, step="mid", alpha=0.9, linewidth=0)
     counts.set_ylabel("trades", color=MUTED)
@@ -208,7 +261,7 @@ def symbol_heat_map(evaluation: Evaluation) -> Figure:
         + 0.0  # no "-0.0"
     )
     figure = Figure(figsize=(8, 1.7 + 0.27 * len(table)), layout="constrained")
-    _titles(figure, "Where it came from", "Mean net return per trade in percent, by symbol and week of entry")
+    titles(figure, "Where it came from", "Mean net return per trade in percent, by symbol and week of entry")
     axes = figure.subplots()
     axes.set_facecolor("#f1f3f5")
     limit = float(np.nanmax(np.abs(table.to_numpy()))) if len(trades) else 1.0
@@ -221,6 +274,32 @@ def symbol_heat_map(evaluation: Evaluation) -> Figure:
     axes.set_xlabel("")
     axes.set_ylabel("")
     axes.tick_params(length=0, labelsize=8.5, rotation=0)
+    return figure
+
+
+def variable_importance(
+    variables: Sequence[str], importance: np.ndarray, span: str = "Windows and bars together"
+) -> Figure:
+    """Mean selection weight of each variable [V], the strongest on top, beside what each had if all counted alike."""
+    order, even = np.argsort(-importance, kind="stable"), 1 / len(variables)
+    figure, axes = new_figure(
+        "Which inputs the network uses",
+        f"{span}: mean weight of each; grey is below {even:.1%}, what all would have that count alike",
+        height=1.2 + 0.19 * len(variables),
+    )
+    places, weights = np.arange(len(order)), importance[order]
+    axes.barh(places, weights, color=np.where(weights > even, BLUE, MUTED), height=0.72)
+    axes.axvline(even, color=INK, linewidth=0.9, linestyle="--")
+    axes.set_yticks(places, [variables[number] for number in order])
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    percent_axes(axes, "x")
+    axes.xaxis.tick_top()
+    for place, weight in enumerate(weights[:_LABELLED]):
+        axes.annotate(
+            f"{weight:.1%}", (weight, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK
+        )
+    axes.margins(x=0.08)
     return figure
 
 
@@ -238,23 +317,27 @@ def paper_equity(open_time_ms: np.ndarray, equity: np.ndarray, initial: float) -
     return figure
 
 
-def new_figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
-    """A figure of the house's size and look, with one axes."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    _titles(figure, title, subtitle)
+def new_figure(title: str, subtitle: str, height: float = 4.2) -> tuple[Figure, Axes]:
+    """A figure of the house's width and look, `height` inches tall, with one axes."""
+    figure = Figure(figsize=(8, height), layout="constrained")
+    titles(figure, title, subtitle)
     axes = figure.subplots()
-    _bare(axes)
+    bare(axes)
     return figure, axes
 
 
-def _titles(figure: Figure, title: str, subtitle: str) -> None:
-    figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    # A first line of the layout's own, so that the subtitle never runs into the axes.
-    figure.get_layout_engine().set(rect=(0, 0, 1, 0.95))  # type: ignore[union-attr, call-arg]
-    figure.text(0.012, 0.925, subtitle, ha="left", va="top", fontsize=9, color=MUTED)
+def titles(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and subtitle at a fixed distance from the top, however tall the figure is; the axes begin below them."""
+    inch = 1 / figure.get_figheight()
+    lines = textwrap.wrap(subtitle, _SUBTITLE_WIDTH)
+    figure.suptitle(title, x=0.012, y=1 - 0.09 * inch, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.012, 1 - 0.35 * inch, "\n".join(lines), ha="left", va="top", fontsize=9, color=MUTED)
+    top = 1 - (0.4 + 0.15 * len(lines)) * inch
+    figure.get_layout_engine().set(rect=(0, 0, 1, top))  # type: ignore[union-attr, call-arg]
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
+    """A quiet grid and no frame."""
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, labelcolor=INK)

@@ -69,6 +69,25 @@ class Scorecard:
 
 
 @dataclass(frozen=True)
+class ProfitScores:
+    """How well one side's probabilities of profit were given; calls are those above one half."""
+
+    scores: Mapping[str, float]  # by PROFIT_METRICS; NaN where a score is not defined
+    base_rate: float  # share of profits among training trades
+    base: Mapping[str, float]  # the same scores of that rate, given to every trade
+    calibration: tuple[Mapping[str, float], ...]  # count, predicted and realised, by quantile of the probability
+
+    def to_json(self) -> dict[str, Any]:
+        """None in place of NaN."""
+        return {
+            "scores": _without_nan(self.scores),
+            "base_rate": self.base_rate,
+            "base": _without_nan(self.base),
+            "calibration": [dict(row) for row in self.calibration],
+        }
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a reader should believe: `better` than every baseline, `ranks` better only, or `none`."""
 
@@ -89,6 +108,7 @@ class Evaluation:
     verdict: Verdict
     days: int
     notes: tuple[str, ...] = field(default=())
+    profits: Mapping[str, "ProfitScores"] = field(default_factory=dict)  # by side, of a classifier
 
     @property
     def model(self) -> Scorecard:
@@ -109,9 +129,8 @@ class Evaluation:
             },
             "gains": {name: score.to_json() for name, score in self.gains.items()},
             "quantiles": {name: dict(values) for name, values in self.quantiles.items()},
-            "rank_ic_by_symbol": {
-                name: value if np.isfinite(value) else None for name, value in self.model.by_symbol_ic.items()
-            },
+            "profits": {side: scores.to_json() for side, scores in self.profits.items()},
+            "rank_ic_by_symbol": _without_nan(self.model.by_symbol_ic),
             "notes": list(self.notes),
         }
 
@@ -127,6 +146,17 @@ METRICS: dict[str, tuple[str, bool]] = {
     "trade_return": ("Net return per trade", True),
     "win_rate": ("Win rate", True),
     "trades": ("Trades", False),
+}
+
+# Name and what tables call it, of the scores of a probability.
+PROFIT_METRICS: dict[str, str] = {
+    "accuracy": "Accuracy",
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1",
+    "auc": "AUC",
+    "brier": "Brier score",
+    "log_loss": "Log loss",
 }
 
 # Columns of the daily sums that every pooled score is made of.
@@ -158,10 +188,12 @@ def evaluate(
     seed: int,
     *,
     quantiles: Sequence[float] = (),
+    base_rates: Mapping[str, float] | None = None,
 ) -> Evaluation:
     """Scores the model's outputs (`buy_mean`, `buy_q50`, …) and the baselines' (by name and side) on the same windows.
 
     `threshold` was frozen before these windows were looked at; it decides the trades of model and baselines alike.
+    `base_rates`, the training trades' shares of profits by side, are what a classifier's probabilities have to beat.
     """
     if not len(windows):
         raise ValueError("there are no windows to score")
@@ -180,6 +212,7 @@ def evaluate(
         verdict=_verdict(gains, cards[0]),
         days=days,
         notes=_notes(days),
+        profits=_profit_scores(windows, predicted, base_rates or {}),
     )
 
 
@@ -287,6 +320,32 @@ def _quantile_scores(
                 loss = metrics.pinball_loss(windows.realised[side], predicted[name], quantile)
                 scores[name] = {"quantile": quantile, "below": below, "at_or_below": at_or_below, "pinball": loss}
     return scores
+
+
+def _profit_scores(
+    windows: Windows, predicted: Mapping[str, np.ndarray], base_rates: Mapping[str, float]
+) -> dict[str, ProfitScores]:
+    found = {}
+    for side, base_rate in base_rates.items():
+        profit = windows.realised[side] > 0
+        probability = np.asarray(predicted[f"{side}_profit_probability"], np.float64)
+        scores, base = (_of_probability(profit, each) for each in (probability, np.full(len(profit), base_rate)))
+        found[side] = ProfitScores(scores, base_rate, base, tuple(metrics.calibration_bins(profit, probability)))
+    return found
+
+
+def _of_probability(profit: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+    scores = {
+        **metrics.classified(profit, probability),
+        "auc": metrics.auc(profit, probability),
+        "brier": metrics.brier(profit, probability),
+        "log_loss": metrics.log_loss(profit, probability),
+    }
+    return {name: scores[name] for name in PROFIT_METRICS}
+
+
+def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
 def _verdict(gains: Mapping[str, Score], model: Scorecard) -> Verdict:

@@ -117,10 +117,9 @@ def check_model(bundle: Bundle, interval: str, policies: Mapping[Side, ExitPolic
     task = bundle.task
     if task.interval != interval:
         raise ConfigError(f"data_download.interval is {interval}, the model was trained on {task.interval}")
-    kinds = {target.kind for target in task.targets}
-    if kinds != {"regression"}:
-        raise ConfigError(f"the model predicts {', '.join(sorted(kinds))}: only regression can be traded yet")
     for side, policy in policies.items():
+        if f"{side}_mean" not in task.outputs:
+            raise ConfigError(f"the model does not predict {side}_mean, only {', '.join(task.outputs)}: train again")
         trained = ExitPolicy(**task.exit_policies[side])
         if trained != policy:
             mine, its = policy.to_json(), trained.to_json()

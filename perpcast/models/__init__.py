@@ -1,32 +1,76 @@
 """Networks by name. Only training imports this room, and Keras only comes in when a network is built.
 
-A network takes scaled inputs {observed [B, T, F], known [B, T, K], symbol [B] int32} and answers [B, outputs] in units
-of the scaled targets, in the order of `Task.outputs`. A new architecture is a new name in `VERSIONS` and `build_model`.
+A network takes scaled inputs {observed [B, T, F], known [B, T, K], static_categories [B, 1] int32, the symbol's code}
+and answers [B, columns]: of a regression target the mean and the quantiles in units of its scaled labels, of a
+classification target the logit of a profit. A new architecture is a new name in `VERSIONS` and a branch of
+`build_model`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from perpcast.task import Task
+from perpcast.config import ModelSettings
+from perpcast.task import Target, Task
 
 if TYPE_CHECKING:
     import keras
 
+    from perpcast.models.tft import Head, TftShape
+
 # Declared versions of the code whose change makes another model of the same data; they enter the model's id.
-VERSIONS = {"tft": "tft/1"}
+VERSIONS = {"tft": "tft/2"}
 
 
-def build_model(
-    task: Task,
-    architecture: str,
-    *,
-    d_model: int,
-    num_heads: int,
-    dropout: float,
-    variable_width: int | None = None,
-) -> "keras.Model":
-    """The named network for a task, with fresh weights. Raises ValueError for a name that is not in `VERSIONS`."""
-    if architecture not in VERSIONS:
-        raise ValueError(f"architecture must be one of {', '.join(VERSIONS)}, received {architecture!r}")
-    from perpcast.models.tft import build_tft
+def build_model(task: Task, settings: ModelSettings, *, precision: str | None = None) -> "keras.Model":
+    """The settings' network for a task, with fresh weights; `precision` in place of the settings' own.
 
-    return build_tft(task, d_model=d_model, num_heads=num_heads, dropout=dropout, variable_width=variable_width)
+    Raises ValueError for an architecture that is not in `VERSIONS`, or a task that it cannot do.
+    """
+    if settings.architecture not in VERSIONS:
+        raise ValueError(f"architecture must be one of {', '.join(VERSIONS)}, received {settings.architecture!r}")
+    from perpcast.models.tft import TemporalFusionTransformer
+
+    return TemporalFusionTransformer(
+        tft_shape(task),
+        d_model=settings.d_model,
+        num_heads=settings.num_heads,
+        dropout=settings.dropout,
+        variable_selection=settings.variable_selection,
+        vsn_rank=settings.vsn_rank,
+        precision=precision or settings.precision,
+    )
+
+
+def explanation_model(network: Any) -> "keras.Model":
+    """The same inputs to {selection [B, T, V], attention [B, T]}."""
+    return network.explanation()
+
+
+def split(network: Any) -> tuple["keras.Model", "keras.Model"]:
+    """`step` for one bar, `readout` for the embeddings of a window: TemporalFusionTransformer.split."""
+    return network.split()
+
+
+def fused(network: Any) -> "keras.Model":
+    """The same function with fused variable selection, in float32."""
+    return network.fused()
+
+
+def tft_shape(task: Task) -> "TftShape":
+    """The task as the network sees it. Raises ValueError for static inputs that no code makes."""
+    from perpcast.models.tft import TftShape
+
+    if task.static != ("symbol",):
+        raise ValueError(f"the one static input that is made is 'symbol', received {task.static}")
+    return TftShape(
+        encoder_steps=task.lookback,
+        observed=len(task.observed),
+        known=len(task.known),
+        static_categories=(len(task.symbols),),
+        heads=tuple(_head(target) for target in task.targets),
+    )
+
+
+def _head(target: Target) -> "Head":
+    from perpcast.models.tft import Head
+
+    return Head(target.name, 1, len(target.quantiles) if target.kind == "regression" else 0)

@@ -134,6 +134,14 @@ def regression_task(
     )
 
 
+def classification_task(
+    interval: str, lookback: int, horizon: int, symbols: Sequence[str], policies: Mapping[Side, ExitPolicy]
+) -> Task:
+    """The task of `--task classification`: the probability that a trade ends in profit, for both sides."""
+    task = regression_task(interval, lookback, horizon, symbols, policies)
+    return replace(task, targets=tuple(Target(side, "classification", horizon) for side in SIDES))
+
+
 def build_dataset(
     database: Database,
     task: Task,

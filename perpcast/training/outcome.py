@@ -31,8 +31,11 @@ class Outcome:
 
 
 def judge(dataset: Dataset, predicted: Mapping[str, Predictions], seed: int) -> Outcome:
-    """Chooses the threshold on V2, then scores model and baselines on test; `predicted` is by split."""
-    v2 = dataset.windows("v2")
+    """Chooses the threshold on V2, then scores model and baselines on test; `predicted` is by split.
+
+    The threshold is one on `{side}_mean`, the expected return, for returns and for probabilities alike.
+    """
+    v2, targets = dataset.windows("v2"), dataset.task.targets
     means: dict[str, np.ndarray] = {side: predicted["v2"][f"{side}_mean"] for side in SIDES}
     choice = choose_threshold(means, v2.realised, v2.bars_held, v2.symbol, v2.open_time_ms, v2.step_ms)
     realised = dataset.windows("train").realised
@@ -43,7 +46,8 @@ def judge(dataset: Dataset, predicted: Mapping[str, Predictions], seed: int) -> 
         baseline_forecasts(baselines, dataset.last_change("test")),
         choice.threshold,
         seed,
-        quantiles=dataset.task.targets[0].quantiles,
+        quantiles=targets[0].quantiles,
+        base_rates={t.name: float(np.mean(realised[t.name] > 0)) for t in targets if t.kind == "classification"},
     )
     return Outcome(choice, evaluation)
 
