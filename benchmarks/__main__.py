@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import download, prepare
+from benchmarks import download, inference, prepare, training
 from perpcast.config import load_settings
 from perpcast.exit_policy import ExitPolicy, label_sides
 from perpcast.features.indicators import compute_indicators
@@ -154,43 +153,6 @@ def closing_engine(engine: Any) -> Any:
     return closing(engine)
 
 
-def inference() -> tuple[float, float]:
-    """One bar of 51 symbols at the demo's width: windows per second of onnxruntime and of Keras' own predict."""
-    import keras
-
-    from perpcast.features.inputs import KNOWN, OBSERVED
-    from perpcast.models import build_model
-    from perpcast.models.export import export_onnx
-    from perpcast.training.dataset import regression_task
-
-    symbols = load_settings([ROOT / "config.yaml"]).data_download.symbols
-    policies = {side: ExitPolicy.from_config(SETTINGS.risk_profile, SETTINGS.fees, side) for side in SIDES}
-    task = replace(regression_task("15", 60, 100, symbols, policies))
-    model = SETTINGS.model
-    network = build_model(
-        task,
-        "tft",
-        d_model=model.d_model,
-        num_heads=model.num_heads,
-        dropout=0.0,
-        vsn_rank=model.vsn_rank,
-    )
-    rng = np.random.default_rng(0)
-    feed = {
-        "observed": rng.normal(size=(51, 60, len(OBSERVED))).astype(np.float32),
-        "known": rng.normal(size=(51, 60, len(KNOWN))).astype(np.float32),
-        "symbol": np.arange(51, dtype=np.int32),
-    }
-    import onnxruntime
-
-    network(feed)  # Keras exports a network that has been called
-
-    session = onnxruntime.InferenceSession(export_onnx(network, feed)[0], providers=["CPUExecutionProvider"])
-    ours = 51 / seconds(lambda: session.run(None, feed), 10)
-    keras.utils.disable_interactive_logging()
-    return ours, 51 / seconds(lambda: network.predict(feed), 5)
-
-
 @click.command(epilog="\b\nExample:\n  make bench")
 def main() -> None:
     """Measure the parts that are meant to be fast, each beside the plain way."""
@@ -200,7 +162,6 @@ def main() -> None:
         ("labels, both sides", "bars/s", "plain Python", lambda: labels(candles)),
         ("49 indicators", "bars/s", "ta, 18 of them", lambda: indicators(candles)),
         ("candles into PostgreSQL", "rows/s", "pandas.to_sql", lambda: storage(candles)),
-        ("prediction, 51 symbols", "windows/s", "Keras predict", inference),
     ]
     table = Table("benchmark", "unit", "ours", "peer", "peer's", "ratio")
     plain_seconds_a_bar = 0.0
@@ -209,8 +170,7 @@ def main() -> None:
             status.update(f"measuring: {name}")
             ours, theirs = measure()
             table.add_row(name, unit, f"{ours:,.0f}", peer, f"{theirs:,.0f}", f"{ours / theirs:,.1f} x")
-            if unit != "windows/s":
-                plain_seconds_a_bar += 1 / theirs
+            plain_seconds_a_bar += 1 / theirs
         for ambiguous in (True, False):
             status.update("measuring: labels of 51 symbols")
             name = f"labels of 51 symbols, a year, {'with' if ambiguous else 'without'} `ambiguous`"
@@ -219,6 +179,8 @@ def main() -> None:
     for title, measure_table in (
         ("prepare (three minutes)", lambda: prepare.measure(plain_seconds_a_bar)),
         ("download (two minutes)", download.measure),
+        ("prediction (three minutes)", inference.measure),
+        ("training (fifteen minutes)", training.measure),
     ):
         with console.status(f"measuring: {title}"):
             found = measure_table()

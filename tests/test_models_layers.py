@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from perpcast.models import layers
-from tests.tft_reference import Weights, attention, gate, grn, softmax, variable_selection
+from tests.tft_reference import Weights, attention, gate, grn, rising, softmax, variable_selection
 
 BATCH, BARS, VARIABLES, UNITS = 5, 7, 4, 6
 
@@ -201,9 +201,13 @@ def test_positions_are_sines_and_cosines() -> None:
     assert layers.PositionalEncoding()(np.zeros((1, 3, 5), np.float32)).shape == (1, 3, 5)
 
 
-def test_quantiles_never_cross() -> None:
-    quantiles = array(layers.RisingQuantiles()(draw(100, 3) * 10))
+@pytest.mark.parametrize("anchor", [0, 1, 2])
+def test_quantiles_never_cross_and_the_anchor_stays(anchor: int) -> None:
+    raw = draw(100, 3) * 10
+    quantiles = array(layers.RisingQuantiles(anchor)(raw))
     assert (np.diff(quantiles, axis=-1) >= 0).all()
+    np.testing.assert_array_equal(quantiles[:, anchor], raw[:, anchor])
+    np.testing.assert_allclose(quantiles, rising(raw, anchor), atol=1e-4)
 
 
 # --- configuration, file, precision ---------------------------------------------------------------------------------
@@ -218,7 +222,7 @@ EVERY_LAYER: list[tuple[Any, tuple[np.ndarray, ...]]] = [
     (layers.StackedVariableSelection(UNITS, 0.1, categories=(2,)), (with_one_hot(X, (2,)), CONTEXT)),
     (layers.PositionalEncoding(), (X,)),
     (layers.InterpretableAttention(2, 0.1), (X[:, -2:], X)),
-    (layers.RisingQuantiles(), (X,)),
+    (layers.RisingQuantiles(1), (X,)),
 ]
 
 

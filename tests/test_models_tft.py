@@ -16,7 +16,7 @@ from tests.tft_reference import temporal_fusion_transformer
 SHAPES = {
     "ours": TftShape(6, 3, 2, static_categories=(4,), heads=(Head("buy", 1, 3), Head("sell", 1, 3))),
     "a logit a side": TftShape(6, 3, 2, static_categories=(4,), heads=(Head("buy", 1), Head("sell", 1))),
-    "everything": TftShape(7, 3, 2, 2, (3,), (5, 2), (4, 2), 3, (Head("a", 1), Head("b", 0, 3))),
+    "everything": TftShape(7, 3, 2, 2, (3,), (5, 2), (4, 2), 3, (Head("a", 1), Head("b", 0, 3, 1))),
     "observed only": TftShape(5, 2),
     "one variable": TftShape(5, 1),
     "known categories only": TftShape(4, 0, known_categories=(3, 7), decoder_steps=2, heads=(Head("a", 0, 2),)),

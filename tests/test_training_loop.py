@@ -84,7 +84,7 @@ def test_training_tells_every_step_epoch_and_look_once(run: Run) -> None:
     assert not (run.run_dir / "left_by_a_killed_run").exists()
     assert run.steps == list(range(5 * 16 - 1, -1, -1))  # 1024 windows in batches of 64, five times
     assert run.epochs == list(enumerate(run.trained.history["val_loss"], 1))
-    assert [epoch for epoch, _ in run.looks] == [2, 4, 5]
+    assert [epoch for epoch, _ in run.looks] == [2, 4, 1 + int(np.argmin(run.trained.history["val_loss"]))]
     assert run.looks[-1][1] == answers_of(run.trained)
     assert run.looks[0][1] != run.looks[1][1]
 
@@ -230,7 +230,7 @@ def test_training_stops_where_v1_gets_no_better_and_keeps_the_best(tmp_path: Pat
     assert len(losses) == int(np.argmin(losses)) + 1 + 2 < 30
     found = loss_of(dataset, trained.reading, trained.raw(dataset.index["v1"]))
     assert found == pytest.approx(min(losses), rel=1e-6)
-    assert looks[-1] == len(losses)
+    assert looks[-1] == 1 + int(np.argmin(losses))
     progress = read_progress(tmp_path / "run")
     assert progress is not None
     assert (progress.state, progress.cause) == ("stopped", "no better loss on V1 for 2 epochs")

@@ -131,6 +131,16 @@ def lstm(weights: Weights, x: np.ndarray, state: tuple[np.ndarray, np.ndarray]) 
     return np.stack(steps, axis=1), (h, c)
 
 
+def rising(raw: np.ndarray, anchor: int) -> np.ndarray:
+    """Quantiles from the anchor on, upwards and downwards, each a softplus further."""
+    found, steps = raw.copy(), np.log1p(np.exp(raw))
+    for place in range(anchor + 1, raw.shape[-1]):
+        found[..., place] = found[..., place - 1] + steps[..., place]
+    for place in range(anchor - 1, -1, -1):
+        found[..., place] = found[..., place + 1] - steps[..., place]
+    return found
+
+
 def positions(bars: int, units: int) -> np.ndarray:
     """Sines in even columns, cosines in odd ones."""
     table = np.zeros((bars, units))
@@ -201,7 +211,6 @@ def temporal_fusion_transformer(network: Any, inputs: Mapping[str, np.ndarray]) 
             columns.append(dense(part[f"{head.name}_plain"], result))
         if head.quantiles:
             raw = dense(part[f"{head.name}_quantiles"], result)
-            steps = np.concatenate([raw[..., :1], np.log1p(np.exp(raw[..., 1:]))], axis=-1)
-            columns.append(np.cumsum(steps, axis=-1))
+            columns.append(rising(raw, head.anchor))
     outputs = np.concatenate(columns, axis=-1)
     return outputs if shape.decoder_steps else outputs[:, 0]

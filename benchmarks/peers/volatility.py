@@ -35,8 +35,10 @@ class PeerTft:
         self.network = build(library, shape, seed)
         self.optimizer = torch.optim.Adam(self.network.parameters(), budget.learning_rate, eps=1e-8)
 
-    def step(self, inputs: dict[str, np.ndarray], targets: np.ndarray) -> float:
-        """One step; the loss before it."""
+    def step(self, inputs: dict[str, np.ndarray], targets: np.ndarray, rate: float) -> float:
+        """One step at a learning rate; the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         error = torch.as_tensor(targets)[..., None] - self.network(_tensors(inputs))

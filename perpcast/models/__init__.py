@@ -73,4 +73,7 @@ def tft_shape(task: Task) -> "TftShape":
 def _head(target: Target) -> "Head":
     from perpcast.models.tft import Head
 
-    return Head(target.name, 1, len(target.quantiles) if target.kind == "regression" else 0)
+    if target.kind == "classification":
+        return Head(target.name, 1)
+    anchor = min(range(len(target.quantiles)), key=lambda n: abs(target.quantiles[n] - 0.5), default=0)
+    return Head(target.name, 1, len(target.quantiles), anchor)

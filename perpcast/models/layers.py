@@ -498,11 +498,28 @@ class InterpretableAttention(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("perpcast")
 class RisingQuantiles(keras.layers.Layer):
-    """Makes quantiles that cannot cross: the first as it is, each next one larger by a softplus; keeps the shape."""
+    """Makes quantiles that cannot cross; keeps the shape.
+
+    The one at `anchor` stays as it is, each next one is larger by a softplus, each one before smaller by one. Should be
+    the median, or what is nearest to it: the errors of all of them move it.
+    """
+
+    def __init__(self, anchor: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.anchor = anchor
 
     def call(self, inputs: Any) -> Any:
         """The quantiles, in rising order."""
-        return ops.cumsum(ops.concatenate([inputs[..., :1], ops.softplus(inputs[..., 1:])], axis=-1), axis=-1)
+        steps, anchor = ops.softplus(inputs), inputs[..., self.anchor : self.anchor + 1]
+        above = anchor + ops.cumsum(steps[..., self.anchor + 1 :], axis=-1)
+        if not self.anchor:
+            return ops.concatenate([anchor, above], axis=-1)
+        below = anchor - ops.flip(ops.cumsum(ops.flip(steps[..., : self.anchor], axis=-1), axis=-1), axis=-1)
+        return ops.concatenate([below, anchor, above], axis=-1)
+
+    def get_config(self) -> dict[str, Any]:
+        """Plain arguments."""
+        return {**super().get_config(), "anchor": self.anchor}
 
     def compute_output_shape(self, inputs_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """As the inputs."""

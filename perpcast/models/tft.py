@@ -28,11 +28,12 @@ CONTEXTS = ("selection", "enrichment", "state_h", "state_c")
 
 @dataclass(frozen=True)
 class Head:
-    """Outputs of one target: `plain` free ones, then `quantiles` that rise."""
+    """Outputs of one target: `plain` free ones, then `quantiles` that rise; the one at `anchor` is the median."""
 
     name: str
     plain: int
     quantiles: int = 0
+    anchor: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def _layers(shape: TftShape, units: int, heads: int, dropout: float, precision: 
             made.append(keras.layers.Dense(head.plain, name=f"{head.name}_plain", dtype="float32"))
         if head.quantiles:
             made.append(keras.layers.Dense(head.quantiles, name=f"{head.name}_quantiles", dtype="float32"))
-            made.append(RisingQuantiles(name=f"{head.name}_rising", dtype="float32"))
+            made.append(RisingQuantiles(head.anchor, name=f"{head.name}_rising", dtype="float32"))
     return {layer.name: layer for layer in made}
 
 

@@ -115,8 +115,9 @@ def train(
     `run_dir` receives the checkpoint, the history, the progress and TensorBoard's events; what lies there is removed
     first, unless `resume`: then the training goes on after the last epoch that was kept, begins where none was, and
     answers at once where it has ended. `on_epoch` hears of every epoch from 1, `on_step` of steps done and steps in
-    all, `on_look` sees the network after every `settings.pictures_every` epochs, and after the last one the network
-    that stays. Seeds the generators of Python, numpy and the backend, which are global, with `settings.seed`.
+    all, `on_look` sees the network after every `settings.pictures_every` epochs, and at last the network that stays,
+    with the epoch whose weights it has. Seeds the generators of Python, numpy and the backend, which are global, with
+    `settings.seed`.
 
     Raises DataError where the loss is not a number, where the network answers the same for every window, and where the
     checkpoint is damaged or of another training.
@@ -143,7 +144,10 @@ def train(
                 training.keep(events)
                 on_epoch(training.epoch, values)
         trained = training.result()
-        on_look(training.epoch, trained)
+        on_look(1 + int(np.argmin(trained.history["val_loss"])), trained)
+    except KeyboardInterrupt:
+        report.tell("failed", "interrupted: run train_universal_transformer.py --resume")
+        raise
     except BaseException as error:
         with suppress(OSError):  # a full disk, which is what `error` says
             report.tell("failed", str(error) or type(error).__name__)

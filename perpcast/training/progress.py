@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -79,15 +79,16 @@ def rewrite_history(run_dir: Path, history: Mapping[str, Sequence[float]]) -> No
 
 def read_history(run_dir: Path) -> dict[str, list[float]]:
     """One list for each of COLUMNS, a value an epoch; empty ones where no epoch has ended."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, float]] = []
     try:
         text = (run_dir / _HISTORY).read_text(encoding="utf-8")
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         text = ""
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({name: float(row[name]) for name in COLUMNS})
+        except (ValueError, KeyError, TypeError):
             break  # being written at this moment
     return {name: [row[name] for row in rows] for name in COLUMNS}
 
