@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from perpcast.bundle import Bundle
 from perpcast.errors import DataError
 from perpcast.features.scaler import Scaler
-from perpcast.models import build_model, explanation_model, export
+from perpcast.models import build_model, export
 from perpcast.models.export import TOLERANCE, Exported, Latency, Timing, export_onnx
 from perpcast.outputs import OutputReading, ReturnReading
 from perpcast.task import Target, Task
@@ -111,7 +111,7 @@ def test_whole_and_parts_answer_as_keras(exported: Exported, network: keras.Mode
 
 def test_explanation_of_the_parts_is_that_of_keras(exported: Exported, network: keras.Model) -> None:
     inputs = windows(20, seed=9)
-    expected = explanation_model(network)(inputs)
+    expected = network.explanation()(inputs)
     symbols = [TASK.symbols[code] for code in inputs["static_categories"][:, 0]]
     selection, attention = bundle_of(exported).explain(inputs["observed"], inputs["known"], symbols)
     np.testing.assert_allclose(selection, keras.ops.convert_to_numpy(expected["selection"]), atol=1e-5)

@@ -157,8 +157,6 @@ def train(who: str, seed: int, rate: float, folder: Path, problem: Problem) -> R
     if who in LIBRARIES:
         command = [str(PEERS), "-m", "benchmarks.peers.volatility"]
         told |= {"library": who, "threads": 1}  # at this size a second thread costs more than it brings
-    else:
-        told["options"] = {"variable_selection": who.removeprefix("ours, ")}
     run = subprocess.run([*command, json.dumps(told)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     realised = problem.realised(problem.origins["test"])
@@ -224,7 +222,7 @@ def written(runs: dict[str, list[Run]], har: list[float]) -> str:
     return "\n".join(lines)
 
 
-OURS = "ours, fused"
+OURS = "ours"
 
 
 @needs_data
@@ -234,7 +232,7 @@ def test_ours_is_not_worse_than_the_libraries(problem: Problem, tmp_path: Path, 
     if not request.config.getoption("--soak"):
         pytest.skip("two dozen trainings of a minute: make soak")
     runs: dict[str, list[Run]] = {}
-    for who in (OURS, "ours, stacked", *LIBRARIES):
+    for who in (OURS, *LIBRARIES):
         rate = tuned_rate(who, tmp_path, problem)
         runs[who] = [train(who, seed, rate, tmp_path, problem) for seed in SEEDS]
     realised, forecast = problem.realised(problem.origins["test"]), har_forecast(problem)

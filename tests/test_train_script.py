@@ -73,7 +73,7 @@ def run(config: Path, password: str, *options: str) -> Result:
 
 def start(config: Path, password: str, kill_point: str = "") -> subprocess.CompletedProcess[str]:
     """The script in a process of its own, which ends at the kill point."""
-    command = [sys.executable, ROOT / "train_universal_transformer.py", "--config", config]
+    command = [sys.executable, str(ROOT / "train_universal_transformer.py"), "--config", str(config)]
     environment = {**os.environ, "PERPCAST_DB_PASSWORD": password, "PERPCAST_KILL_POINT": kill_point}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 

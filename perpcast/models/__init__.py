@@ -6,21 +6,19 @@ classification target the logit of a profit. A new architecture is a new name in
 `build_model`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from perpcast.config import ModelSettings
 from perpcast.task import Target, Task
 
 if TYPE_CHECKING:
-    import keras
-
-    from perpcast.models.tft import Head, TftShape
+    from perpcast.models.tft import Head, TemporalFusionTransformer, TftShape
 
 # Declared versions of the code whose change makes another model of the same data; they enter the model's id.
 VERSIONS = {"tft": "tft/2"}
 
 
-def build_model(task: Task, settings: ModelSettings, *, precision: str | None = None) -> "keras.Model":
+def build_model(task: Task, settings: ModelSettings, *, precision: str | None = None) -> "TemporalFusionTransformer":
     """The settings' network for a task, with fresh weights; `precision` in place of the settings' own.
 
     Raises ValueError for an architecture that is not in `VERSIONS`, or a task that it cannot do.
@@ -38,21 +36,6 @@ def build_model(task: Task, settings: ModelSettings, *, precision: str | None = 
         vsn_rank=settings.vsn_rank,
         precision=precision or settings.precision,
     )
-
-
-def explanation_model(network: Any) -> "keras.Model":
-    """The same inputs to {selection [B, T, V], attention [B, T]}."""
-    return network.explanation()
-
-
-def split(network: Any) -> tuple["keras.Model", "keras.Model"]:
-    """`step` for one bar, `readout` for the embeddings of a window: TemporalFusionTransformer.split."""
-    return network.split()
-
-
-def fused(network: Any) -> "keras.Model":
-    """The same function with fused variable selection, in float32."""
-    return network.fused()
 
 
 def tft_shape(task: Task) -> "TftShape":

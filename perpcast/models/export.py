@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 
 from perpcast.errors import DataError
-from perpcast.models import fused, split
+from perpcast.models.tft import TemporalFusionTransformer
 
 # In units of the raw columns: of scaled labels, whose deviation is 1, or of logits.
 TOLERANCE = 1e-4
@@ -79,7 +79,9 @@ class Exported:
     latency: Latency
 
 
-def export_onnx(network: keras.Model, inputs: Inputs, decide: Decide, *, symbols: int = 51, seed: int = 0) -> Exported:
+def export_onnx(
+    network: TemporalFusionTransformer, inputs: Inputs, decide: Decide, *, symbols: int = 51, seed: int = 0
+) -> Exported:
     """The network in float32 with fused variable selection, checked; timed for one window and for one of each symbol.
 
     `inputs` are at least 51 scaled windows; random ones are drawn beside them. Raises DataError where an export holds
@@ -90,8 +92,8 @@ def export_onnx(network: keras.Model, inputs: Inputs, decide: Decide, *, symbols
         raise DataError(f"only the TensorFlow backend exports to ONNX, this one is {keras.backend.backend()}")
     if len(inputs["observed"]) < max(BATCHES):
         raise ValueError(f"inputs must be at least {max(BATCHES)} windows, received {len(inputs['observed'])}")
-    exact = fused(network)
-    step, readout = split(exact)
+    exact = network.fused()
+    step, readout = exact.split()
     few = {name: values[:1] for name, values in inputs.items()}
     graphs = _Graphs(
         _to_onnx("model", exact, few),

@@ -9,7 +9,6 @@ import numpy as np
 from keras import ops
 
 from perpcast.evaluation.explanation import Explanation
-from perpcast.models import explanation_model
 from perpcast.training.dataset import Dataset
 
 # Windows that are judged, predicted or explained at once: one compiled size for them all, whatever training's batch is.
@@ -76,7 +75,7 @@ class WindowReader:
     def explain(self, rows: np.ndarray) -> Explanation:
         """What the network looked at in the windows that end at `rows`: n x T x V floats, so for some thousands."""
         if self._explaining is None:
-            self._explaining = WindowModel(explanation_model(self.model.network), self._matrix)
+            self._explaining = WindowModel(self.model.network.explanation(), self._matrix)
             self._explaining.compile(jit_compile=self.model.jit_compile)
         weights: Mapping[str, np.ndarray] = self._read(self._explaining, rows)
         task = self._matrix.task
