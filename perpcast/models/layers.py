@@ -157,6 +157,17 @@ class _Selection(_Block):
         draw = keras.initializers.RandomUniform(-limit, limit)
         return self.add_weight(name=name, shape=(variables or self.count, inputs, outputs), initializer=draw)
 
+    def table(self, name: str, count: int, outputs: int) -> Any:
+        """A row for each value of a category [count, outputs], as large as what a real variable of 1 becomes.
+
+        Not Keras' own much smaller draw for embeddings: the normalisation after the network of a variable would magnify
+        it, and with it every step of the optimizer.
+        """
+        limit = float(np.sqrt(6 / (1 + outputs)))
+        return self.add_weight(
+            name=name, shape=(count, outputs), initializer=keras.initializers.RandomUniform(-limit, limit)
+        )
+
     def bias(self, name: str, outputs: int) -> Any:
         """Biases [V, 1, outputs]."""
         return self.add_weight(name=name, shape=(self.count, 1, outputs), initializer="zeros")
@@ -232,10 +243,7 @@ class StackedVariableSelection(_Selection):
         """Embedding, the two Dense of the gated residual network, its gate."""
         units = self.units
         self.embedding = self.kernel("embedding", 1, units, fan_out=units, variables=self.reals) if self.reals else None
-        self.tables = [
-            self.add_weight(name=f"table_{number}", shape=(count, units), initializer="uniform")
-            for number, count in enumerate(self.categories)
-        ]
+        self.tables = [self.table(f"table_{number}", count, units) for number, count in enumerate(self.categories)]
         self.embedding_bias = self.bias("embedding_bias", units)
         self.hidden, self.hidden_bias = (
             self.kernel("hidden", units, units, fan_out=units),
@@ -363,10 +371,7 @@ class VariableSelection(_Selection):
             self.inner = self.kernel("inner", 1, units, fan_out=units, variables=reals)
             self.inner_bias = self.add_weight(name="inner_bias", shape=(reals, 1, units), initializer="zeros")
         self.tables = [
-            tuple(
-                self.add_weight(name=f"{name}_{number}", shape=(count, units), initializer="uniform")
-                for name in ("table", "inner_table")
-            )
+            tuple(self.table(f"{name}_{number}", count, units) for name in ("table", "inner_table"))
             for number, count in enumerate(self.categories)
         ]
         self.gate, self.gate_bias = (
