@@ -23,7 +23,7 @@ from rich.text import Text
 from perpcast.command_line import console, stage
 from perpcast.config import Settings
 from perpcast.errors import MissingInputError
-from perpcast.training.progress import COLUMNS, Progress, read_history, read_progress
+from perpcast.training.progress import Progress, read_history, read_progress
 
 RUN_FILES = ("progress.json", "history.jsonl", "checkpoint.npz")
 KILLED = "killed: run train_universal_transformer.py --resume"
@@ -145,7 +145,7 @@ def read_frame(run_dir: Path, gpus: "GpuWatch") -> Frame:
     return Frame(
         run_dir.name.removeprefix("training_"),
         progress,
-        curves_of(run_dir),
+        read_history(run_dir),
         alive,
         max(0.0, time.time() - written),
         Machine(process, used, total, gpus.lines()),
@@ -159,14 +159,6 @@ def progress_of(run_dir: Path) -> Progress | None:
         return None
     numbers = [value for name, value in asdict(progress).items() if name not in ("state", "cause", "device", "loss")]
     return progress if all(isinstance(number, int | float) for number in numbers) else None
-
-
-def curves_of(run_dir: Path) -> Mapping[str, Sequence[float]]:
-    """The history; an empty one where a line is not one of ours."""
-    try:
-        return read_history(run_dir)
-    except (KeyError, TypeError, ValueError):
-        return {name: [] for name in COLUMNS}
 
 
 def is_alive(pid: int, written: float) -> bool:

@@ -182,6 +182,7 @@ def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool
 def export(dataset: "Dataset", trained: "Trained", outcome: "Outcome") -> "Exported":
     """The network as ONNX, which must decide as Keras does."""
     from perpcast.models.export import BATCHES, export_onnx
+    from perpcast.training.dataset import spread
 
     rows = spread(dataset.index["test"], max(BATCHES))
     windows = dataset.scaler.apply(np.concatenate(dataset.gather(rows), axis=-1))
@@ -212,6 +213,7 @@ def save(
     """Writes the bundle; returns the SHA-256 of its list of hashes."""
     from perpcast.bundle import BundleParts, save_bundle
     from perpcast.training.card import card_text, describe
+    from perpcast.training.dataset import spread
 
     rows = spread(dataset.index["test"], GOLDEN_WINDOWS)
     card = describe(provenance, dataset, settings.model, outcome, exported)
@@ -230,13 +232,9 @@ def save(
     return save_bundle(settings.path("trained_model", provenance.model_id), parts).sha256
 
 
-def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """So many of the rows, over all symbols and the whole span: rows are ordered by symbol."""
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
-
-
 def draw(folder: Path, dataset: "Dataset", epoch: int, trained: "Trained") -> None:
     """The pictures of a network in training, from a sample of V1."""
+    from perpcast.training.dataset import spread
     from perpcast.training.pictures import Look, draw_pictures
 
     stop = np.arange(len(dataset.index["v1"]))

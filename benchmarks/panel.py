@@ -7,7 +7,6 @@ Keys are those of `model:` in config.yaml. FOLDER keeps the dataset between the 
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.download import postgres
+from benchmarks.download import peak_mb, postgres
 from perpcast.config import ModelSettings, Settings, load_settings
 from perpcast.database import Database, migrate, open_engine, upsert_candles
 from perpcast.exit_policy import ExitPolicy
@@ -68,9 +67,9 @@ def train_once(dataset: Dataset, settings: ModelSettings, run_dir: Path) -> dict
     return {
         "val_loss": [round(value, 5) for value in trained.history["val_loss"]],
         "loss": [round(value, 5) for value in trained.history["loss"]],
-        "samples_per_second": [round(value) for value in trained.history.get("samples_per_second", [])],
+        "samples_per_second": [round(value) for value in trained.history["samples_per_second"]],
         "seconds": round(time.perf_counter() - begun, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": round(peak_mb()),
         "weights": int(trained.network.count_params()),
     }
 

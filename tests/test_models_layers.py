@@ -104,7 +104,7 @@ def test_gradients_of_the_stacked_selection_are_those_of_a_loop_over_single_vari
 
     def loss_of_loop() -> Any:
         total = 0.0
-        weights = tf.nn.softmax(layer.weigh(x, context, False), axis=-1)
+        weights = tf.nn.softmax(layer.weigher(layer.transform(x, BARS, False)[0], context), axis=-1)
         for v in range(VARIABLES):
             w = {weight.name: weight.value[v] for weight in own}
             embedded = x[..., v : v + 1] @ w["embedding"] + w["embedding_bias"]
@@ -140,7 +140,7 @@ def test_narrow_variable_selection_is_widened_after_the_selection() -> None:
     wide(x, context)
     for name in ("embedding", "embedding_bias", "inner", "inner_bias", "gate", "gate_bias", "gamma", "beta"):
         getattr(wide, name).assign(array(getattr(narrow, name)))
-    values = array(wide.transform(x, BARS, False))  # [V, B * T, 2]
+    values = array(wide.transform(x, BARS, False)[1])  # [V, B * T, 2]
     normal = (values - values.mean(-1, keepdims=True)) / np.sqrt(values.var(-1, keepdims=True) + layers.EPSILON)
     normal = normal * array(wide.gamma)[:, None] + array(wide.beta)[:, None]
     expected = np.einsum("vnd,nv->nd", normal, array(weights).reshape(-1, VARIABLES)).reshape(BATCH, BARS, 2)

@@ -58,7 +58,7 @@ def test_checkpoint_replaces_the_one_before_and_what_a_killed_process_left_aside
 
 def test_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, CHECKPOINT)
-    with pytest.raises(DataError, match=r"checkpoint\.npz is of another training: .* without --resume"):
+    with pytest.raises(DataError, match=r"checkpoint\.npz is of another training: .* with --restart"):
         load_checkpoint(tmp_path, "b" * 64)
 
 

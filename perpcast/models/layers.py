@@ -137,13 +137,17 @@ class _Selection(_Block):
 
     def build(self, inputs_shape: tuple[int | None, ...], context_shape: tuple[int | None, ...] | None = None) -> None:
         """Makes V sets of weights, each drawn by Glorot's rule for one variable, whatever their number."""
-        self.reals = int(inputs_shape[-1] or 0) - sum(self.categories)
+        self.width = int(inputs_shape[-1] or 0)
+        self.reals = self.width - sum(self.categories)
         self.count = self.reals + len(self.categories)
         self.build_variables()
         self.gamma = self.add_weight(name="gamma", shape=(self.count, self.inner_units), initializer="ones")
         self.beta = self.add_weight(name="beta", shape=(self.count, self.inner_units), initializer="zeros")
         if self.count > 1:
-            self.build_weigher(inputs_shape, context_shape)
+            self.weigher = GatedResidualNetwork(
+                self.units, self.count, self.rate, dense_skip=True, dtype=self.dtype_policy
+            )
+            self.weigher.build((*inputs_shape[:-1], self.weigher_width), context_shape)
         self.built = True
 
     @property
@@ -196,11 +200,12 @@ class _Selection(_Block):
     def call(self, inputs: Any, context: Any = None, training: bool | None = None) -> Any:
         """The selected values [B, T, d] and the weight of every variable at every bar [B, T, V], adding up to 1."""
         bars = inputs.shape[1]
+        read, values = self.transform(inputs, bars, training)
         if self.count > 1:
-            weights = ops.softmax(ops.cast(self.weigh(inputs, context, training), "float32"), axis=-1)
+            weights = ops.softmax(ops.cast(self.weigher(read, context, training=training), "float32"), axis=-1)
         else:
             weights = ops.ones_like(inputs[..., :1], dtype="float32")
-        values = ops.cast(self.transform(inputs, bars, training), "float32")  # [V, B * T, d], normalised below
+        values = ops.cast(values, "float32")  # [V, B * T, d], normalised below
         centred = values - ops.mean(values, axis=-1, keepdims=True)
         variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
         weight = ops.reshape(ops.transpose(weights, (2, 0, 1)), (self.count, -1, 1))
@@ -213,16 +218,14 @@ class _Selection(_Block):
         """Makes the weights of the variables' own networks."""
         raise NotImplementedError
 
-    def build_weigher(self, inputs_shape: Any, context_shape: Any) -> None:
-        """Makes the network of the weights."""
+    @property
+    def weigher_width(self) -> int:
+        """Width of what the network of the weights reads."""
         raise NotImplementedError
 
-    def weigh(self, inputs: Any, context: Any, training: bool | None) -> Any:
-        """Logits of the weights [B, T, V]."""
-        raise NotImplementedError
-
-    def transform(self, inputs: Any, bars: int, training: bool | None) -> Any:
-        """Every variable through its own network, before the normalisation: [V, B * T, d]."""
+    def transform(self, inputs: Any, bars: int, training: bool | None) -> tuple[Any, Any]:
+        """What the network of the weights reads [B, T, weigher_width], and every variable through its own network,
+        before the normalisation: [V, B * T, d]."""
         raise NotImplementedError
 
     def compute_output_shape(self, inputs_shape: tuple[int | None, ...], *others: Any, **named: Any) -> Any:
@@ -245,23 +248,17 @@ class StackedVariableSelection(_Selection):
         self.embedding = self.kernel("embedding", 1, units, fan_out=units, variables=self.reals) if self.reals else None
         self.tables = [self.table(f"table_{number}", count, units) for number, count in enumerate(self.categories)]
         self.embedding_bias = self.bias("embedding_bias", units)
-        self.hidden, self.hidden_bias = (
-            self.kernel("hidden", units, units, fan_out=units),
-            self.bias("hidden_bias", units),
-        )
-        self.linear, self.linear_bias = (
-            self.kernel("linear", units, units, fan_out=units),
-            self.bias("linear_bias", units),
-        )
-        self.gate, self.gate_bias = (
-            self.kernel("gate", units, 2 * units, fan_out=units),
-            self.bias("gate_bias", 2 * units),
-        )
+        self.hidden = self.kernel("hidden", units, units, fan_out=units)
+        self.hidden_bias = self.bias("hidden_bias", units)
+        self.linear = self.kernel("linear", units, units, fan_out=units)
+        self.linear_bias = self.bias("linear_bias", units)
+        self.gate = self.kernel("gate", units, 2 * units, fan_out=units)
+        self.gate_bias = self.bias("gate_bias", 2 * units)
 
-    def build_weigher(self, inputs_shape: Any, context_shape: Any) -> None:
-        """Reads all embeddings side by side."""
-        self.weigher = GatedResidualNetwork(self.units, self.count, self.rate, dense_skip=True, dtype=self.dtype_policy)
-        self.weigher.build((*inputs_shape[:-1], self.count * self.units), context_shape)
+    @property
+    def weigher_width(self) -> int:
+        """All embeddings side by side."""
+        return self.count * self.units
 
     def embed(self, inputs: Any) -> Any:
         """[V, B * T, d]."""
@@ -272,18 +269,13 @@ class StackedVariableSelection(_Selection):
         ]
         return (parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=0)) + self.embedding_bias
 
-    def weigh(self, inputs: Any, context: Any, training: bool | None) -> Any:
-        """Logits of the weights [B, T, V]."""
-        flat = ops.transpose(self.embed(inputs), (1, 0, 2))
-        flat = ops.reshape(flat, (-1, inputs.shape[1], self.count * self.units))
-        return self.weigher(flat, context, training=training)
-
-    def transform(self, inputs: Any, bars: int, training: bool | None) -> Any:
-        """Every variable through its own gated residual network, before the normalisation: [V, B * T, d]."""
+    def transform(self, inputs: Any, bars: int, training: bool | None) -> tuple[Any, Any]:
+        """The embeddings side by side, and every variable through its own gated residual network."""
         embedded = self.embed(inputs)
+        read = ops.reshape(ops.transpose(embedded, (1, 0, 2)), (-1, bars, self.weigher_width))
         hidden = _elu(ops.matmul(embedded, self.hidden) + self.hidden_bias)
         hidden = self.drop(ops.matmul(hidden, self.linear) + self.linear_bias, bars, training)
-        return embedded + _gated(ops.matmul(hidden, self.gate) + self.gate_bias)
+        return read, embedded + _gated(ops.matmul(hidden, self.gate) + self.gate_bias)
 
     def fused_weights(self) -> list[np.ndarray]:
         """The weights of a VariableSelection that is the same function, in the order of its `get_weights`.
@@ -292,10 +284,8 @@ class StackedVariableSelection(_Selection):
         float64.
         """
         arrays = {weight.name: np.asarray(ops.convert_to_numpy(weight), np.float64) for weight in self.weights_of_own()}
-        units, bias = self.units, arrays["embedding_bias"]
-        parts = [arrays["embedding"]] if self.reals else []
+        bias, embedding = arrays["embedding_bias"], arrays.get("embedding")
         tables = [arrays[f"table_{number}"] + bias[self.reals + number] for number in range(len(self.categories))]
-        embedding = parts[0] if parts else None
         real_bias = bias[: self.reals]
         hidden, hidden_bias = arrays["hidden"], arrays["hidden_bias"]
         found: dict[str, np.ndarray] = {}
@@ -311,20 +301,20 @@ class StackedVariableSelection(_Selection):
         found["gamma"], found["beta"] = arrays["gamma"], arrays["beta"]
         if self.weigher is None:
             return list(found.values())
-        return [*found.values(), *self._fused_weigher(embedding, bias, tables, units)]
+        return [*found.values(), *self._fused_weigher(embedding, bias, tables)]
 
     def weights_of_own(self) -> list[Any]:
         """The weights but those of the weigher."""
         weigher = set() if self.weigher is None else {id(weight) for weight in self.weigher.weights}
         return [weight for weight in self.weights if id(weight) not in weigher]
 
-    def _fused_weigher(self, embedding: Any, bias: np.ndarray, tables: Sequence[np.ndarray], units: int) -> list[Any]:
+    def _fused_weigher(self, embedding: Any, bias: np.ndarray, tables: Sequence[np.ndarray]) -> list[Any]:
         """The weigher's weights where it reads reals and one-hot groups in place of embeddings."""
         weigher = self.weigher
 
         def reads(layer: Any) -> list[np.ndarray]:
             kernel, offset = (np.asarray(array, np.float64) for array in layer.get_weights())
-            blocks = kernel.reshape(self.count, units, -1)
+            blocks = kernel.reshape(self.count, self.units, -1)
             rows = [] if embedding is None else [np.einsum("vo,vok->vk", embedding[:, 0], blocks[: self.reals])]
             rows += [table @ blocks[self.reals + number] for number, table in enumerate(tables)]
             constant = np.einsum("vo,vok->k", bias[: self.reals, 0], blocks[: self.reals])
@@ -379,10 +369,10 @@ class VariableSelection(_Selection):
             self.bias("gate_bias", 2 * units),
         )
 
-    def build_weigher(self, inputs_shape: Any, context_shape: Any) -> None:
-        """Reads the variables themselves."""
-        self.weigher = GatedResidualNetwork(self.units, self.count, self.rate, dense_skip=True, dtype=self.dtype_policy)
-        self.weigher.build(inputs_shape, context_shape)
+    @property
+    def weigher_width(self) -> int:
+        """The variables themselves."""
+        return self.width
 
     def build(self, inputs_shape: tuple[int | None, ...], context_shape: tuple[int | None, ...] | None = None) -> None:
         """Makes the weights, last those of the widening Dense."""
@@ -395,12 +385,8 @@ class VariableSelection(_Selection):
         selected, weights = super().call(inputs, context, training)
         return (selected if self.widen is None else self.widen(selected)), weights
 
-    def weigh(self, inputs: Any, context: Any, training: bool | None) -> Any:
-        """Logits of the weights [B, T, V]."""
-        return self.weigher(inputs, context, training=training)
-
-    def transform(self, inputs: Any, bars: int, training: bool | None) -> Any:
-        """Every variable through its own gated residual network, before the normalisation: [V, B * T, rank]."""
+    def transform(self, inputs: Any, bars: int, training: bool | None) -> tuple[Any, Any]:
+        """The variables themselves, and each through its own gated residual network, `rank` wide."""
         reals, groups = self.split(inputs)
         skips, inners = [], []
         if self.embedding is not None:
@@ -412,7 +398,7 @@ class VariableSelection(_Selection):
             inners.append(ops.expand_dims(ops.matmul(group, inner_table), 0))
         skip, inner = (part[0] if len(part) == 1 else ops.concatenate(part, axis=0) for part in (skips, inners))
         hidden = self.drop(_elu(inner), bars, training)
-        return skip + _gated(ops.matmul(hidden, self.gate) + self.gate_bias)
+        return inputs, skip + _gated(ops.matmul(hidden, self.gate) + self.gate_bias)
 
     def get_config(self) -> dict[str, Any]:
         """Plain arguments."""

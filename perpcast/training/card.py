@@ -1,6 +1,6 @@
 """The card of a model: where it comes from, how it scored, how fast it is; for a program, and for a reader."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def _number(value: float, form: str) -> str:
     return form.format(value) if np.isfinite(value) else "-"
 
 
-def _table(rows: "list[Any]") -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as Markdown, the first one as its titles."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -78,7 +78,7 @@ def load_checkpoint(run_dir: Path, run: str) -> Checkpoint | None:
     if checkpoint.run != run:
         raise DataError(
             f"checkpoint {path} is of another training: expected this dataset, these settings, this version of the "
-            "network and this Keras backend; train without --resume to begin anew"
+            "network and this Keras backend; train with --restart to begin anew"
         )
     return checkpoint
 

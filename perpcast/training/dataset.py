@@ -106,6 +106,11 @@ class Dataset:
         return tuple(found)
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """So many of the rows, over all symbols and the whole span: rows are ordered by symbol. Of few, some come twice."""
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
 @dataclass(frozen=True)
 class _SymbolRows:
     """One symbol's rows, before it is known which of them a split takes."""

@@ -29,7 +29,7 @@ from perpcast.kill_point import kill_point
 from perpcast.models import VERSIONS, build_model
 from perpcast.outputs import OutputReading
 from perpcast.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from perpcast.training.dataset import Dataset
+from perpcast.training.dataset import Dataset, spread
 from perpcast.training.events import EventLog
 from perpcast.training.losses import task_loss
 from perpcast.training.optimizer import MeasuringAdam
@@ -287,7 +287,7 @@ class _Training:
         if self.finished or self.epoch % self.settings.pictures_every == 0:
             from perpcast.evaluation.plots import variable_importance
 
-            explanation = self.reader.explain(evenly_spaced(self.stop_rows, 1, 4 * _EXPLAINED_WINDOWS))
+            explanation = self.reader.explain(spread(self.stop_rows, min(len(self.stop_rows), _EXPLAINED_WINDOWS)))
             pictures["variable_importance"] = variable_importance(
                 explanation.variables, explanation.importance(), f"V1 after epoch {self.epoch}"
             )

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from perpcast.evaluation.explanation import Explanation
-from perpcast.training.dataset import Dataset
+from perpcast.training.dataset import Dataset, spread
 
 # Windows that are judged, predicted or explained at once: one compiled size for them all, whatever training's batch is.
 READ_BATCH = 256
@@ -140,4 +140,4 @@ def evenly_spaced(rows: np.ndarray, batch: int, samples: int | None) -> np.ndarr
     """
     wanted = len(rows) if samples is None else min(len(rows), max(batch, samples // 4))
     wanted = max(wanted // batch * batch, min(batch, len(rows)))
-    return rows[np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64)].astype(np.int32)
+    return spread(rows, wanted).astype(np.int32)
