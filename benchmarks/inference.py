@@ -18,12 +18,11 @@ from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.download import peak_mb
-from perpcast.bundle import Bundle, BundleParts, save_bundle
+from perpcast.bundle import Bundle, BundleParts, open_session, save_bundle
 from perpcast.config import ModelSettings, load_settings
 from perpcast.exit_policy import ExitPolicy
 from perpcast.features.inputs import KNOWN, OBSERVED
@@ -124,10 +123,7 @@ def _bundle_parts(task: Task, exported: Any, rows: np.ndarray) -> BundleParts:
 
 def _ways(network: Any, model: bytes, bundle: Bundle, rows: np.ndarray) -> dict[str, tuple[Call, float]]:
     """What is called with the number of a call, and the seconds to wait before it, by name; Keras first."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    whole = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    whole = open_session(model, threads=2)
 
     def by_bundle(bar: int) -> object:
         window = rows[:, bar : bar + LOOKBACK]

@@ -32,7 +32,7 @@ SUMS = "SHA256SUMS"
 GOLDEN_TOLERANCE = 1e-4
 # More is computed in parts: memory stays small, and what is worked on stays in the processor's cache.
 _RUN_WINDOWS = 128
-_RUN_BARS = 256
+RUN_BARS = 256
 # The networks alone, d_model 128 on two idle cores, p50/p99 ms: 51 symbols 9.6/11.9, by one thread 15.7/18.9; one
 # symbol 0.8/1.3, by one thread 0.6/1.1.
 _THREADS = 2
@@ -76,8 +76,8 @@ class Bundle:
         self.task, self.scaler, self.reading = task, scaler, reading
         self.threshold, self.sha256 = threshold, sha256
         self._code = {symbol: code for code, symbol in enumerate(task.symbols)}
-        self._embedder = _Embedder(_open_session(step), scaler)
-        self._readout = _open_session(readout)
+        self._embedder = _Embedder(open_session(step), scaler)
+        self._readout = open_session(readout)
 
     @property
     def bars_embedded(self) -> int:
@@ -195,7 +195,7 @@ class _Embedder:
         """The answers for unscaled bars [m, variables], in parts [some, units + variables]."""
         self.bars_computed += len(bars)
         table = []
-        for part in _parts(len(bars), _RUN_BARS):
+        for part in _parts(len(bars), RUN_BARS):
             feed = {"bars": self._scaler.apply(bars[part]), "static_categories": codes[part, None]}
             table.append(_run(self._session, {"embedding": None, "selection": bars.shape[1]}, feed))
         return table
@@ -315,7 +315,7 @@ def _predict_whole(
     scaled = bundle.scaler.apply(bars)
     split = len(bundle.task.observed)
     feed = {"observed": scaled[..., :split], "known": scaled[..., split:], "static_categories": codes[:, None]}
-    session = _open_session(model)
+    session = open_session(model)
     columns = sum(target.columns for target in bundle.task.targets)
     return bundle.reading.read(_run(session, {session.get_outputs()[0].name: columns}, feed))
 
@@ -348,10 +348,11 @@ def _run(
     return answers[0] if len(answers) == 1 else np.concatenate(answers, axis=1)
 
 
-def _open_session(model: bytes) -> onnxruntime.InferenceSession:
+def open_session(model: bytes, threads: int = _THREADS) -> onnxruntime.InferenceSession:
+    """A network as it runs live. Raises DataError where this onnxruntime cannot read it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = _THREADS
+    options.intra_op_num_threads = threads
     # Else a thread spins for some 50 ms after each prediction, in case that another one comes; none does.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from perpcast.bundle import RUN_BARS, open_session
 from perpcast.errors import DataError
 from perpcast.models.tft import TemporalFusionTransformer
 
@@ -27,8 +28,6 @@ BATCHES = (1, 51)
 _THREADS = (2, 1)
 # Enough for a 99th percentile, unless it would take longer than that.
 _RUNS, _SECONDS = 300, 1.5
-# As many bars at once as a bundle computes.
-_RUN_BARS = 256
 
 Inputs = Mapping[str, np.ndarray]  # observed [n, T, F], known [n, T, K], static_categories [n, 1]; scaled
 Decide = Callable[[np.ndarray], np.ndarray]  # raw columns [n, columns] to what is done about each window [n, ...]
@@ -112,7 +111,7 @@ class _Graphs:
 
     def __init__(self, model: bytes, step: bytes, readout: bytes) -> None:
         self.model, self.step, self.readout = model, step, readout
-        self._sessions = [_open_session(graph) for graph in (model, step, readout)]
+        self._sessions = [open_session(graph) for graph in (model, step, readout)]
 
     def whole(self, inputs: Inputs) -> np.ndarray:
         """Raw columns by the whole network: [n, columns]."""
@@ -221,7 +220,7 @@ def _latency(graphs: _Graphs, inputs: Inputs, symbols: int) -> Latency:
     lookback = every["observed"].shape[1]
     timings = []
     for threads in _THREADS:
-        step, readout = (_open_session(graph, threads) for graph in (graphs.step, graphs.readout))
+        step, readout = (open_session(graph, threads) for graph in (graphs.step, graphs.readout))
         for windows in dict.fromkeys((1, symbols)):
             batch = {name: values[:windows] for name, values in every.items()}
             bars = _bars(batch)
@@ -238,8 +237,8 @@ def _time(
 ) -> tuple[float, float, int]:
     """p50 and p99 in milliseconds and the number of runs, after one to warm up."""
     parts = [
-        {name: values[first : first + _RUN_BARS] for name, values in bars.items()}
-        for first in range(0, len(bars["bars"]), _RUN_BARS)
+        {name: values[first : first + RUN_BARS] for name, values in bars.items()}
+        for first in range(0, len(bars["bars"]), RUN_BARS)
     ]
     took: list[float] = []
     while len(took) <= _RUNS and sum(took) < _SECONDS:
@@ -254,15 +253,3 @@ def _time(
 
 def _run(session: onnxruntime.InferenceSession, output: str | None, inputs: Inputs) -> np.ndarray:
     return np.asarray(session.run([output] if output else None, dict(inputs))[0])
-
-
-def _open_session(model: bytes, threads: int = 1) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no class of their own in common
-        cause = " ".join(str(error).split())
-        raise DataError(f"onnxruntime {onnxruntime.__version__} cannot read the exported network: {cause}") from None
