@@ -1,5 +1,6 @@
 """Migrations: from nothing, from an older version, twice, at the same time, and refused where they do not fit."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +83,29 @@ def test_schema_of_the_first_release_migrated_equals_a_fresh_one(empty: Database
     assert migrate(empty) == [migration.name for migration in MIGRATIONS[1:]]
     assert shape(empty) == shape(database)
     assert read_row_counts(empty)["instruments"] == 1
+
+
+def test_models_of_the_first_release_get_their_kind_and_no_champion_without_evidence(empty: Database) -> None:
+    with empty.begin() as connection:
+        connection.execute(text((Path(__file__).parent / "schema_1.sql").read_text()))
+        for model_id, kind, state in (
+            ("a", "regression", "champion"),
+            ("b", "regression", "champion"),
+            ("c", "classification", "retired"),
+        ):
+            connection.execute(
+                text(
+                    "INSERT INTO model_metadata VALUES (:model_id, now(), CAST(:task AS jsonb), 'tft', '{}', 'd1', "
+                    "'abc', NULL, '{}', '{}', 'trained_model', '00', :state)"
+                ),
+                {"model_id": model_id, "task": json.dumps({"targets": [{"kind": kind}]}), "state": state},
+            )
+    migrate(empty)
+    with empty.connect() as connection:
+        found = connection.execute(text("SELECT model_id, task_kind, state FROM model_metadata ORDER BY model_id"))
+        assert found.all() == [
+            ("a", "regression", "candidate"), ("b", "regression", "candidate"), ("c", "classification", "retired"),
+        ]  # fmt: skip
 
 
 def test_every_time_is_a_timestamptz(database: Database) -> None:

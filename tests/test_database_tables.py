@@ -36,6 +36,7 @@ from perpcast.database import (
     read_funding_rates,
     read_instruments,
     read_missing_ranges,
+    read_model,
     read_models,
     read_positions,
     read_processed,
@@ -46,7 +47,6 @@ from perpcast.database import (
     replace_predictions,
     replace_processed,
     replace_training_sequences,
-    update_model_state,
     upsert_candles,
     upsert_funding_rates,
     upsert_instruments,
@@ -335,7 +335,7 @@ def test_model_trained_again_leaves_one_row(database: Database) -> None:
     model = ModelRecord(
         model_id="tft-1",
         created_at=TIME,
-        task={"lookback": 60},
+        task={"lookback": 60, "targets": [{"name": "buy", "kind": "regression"}]},
         architecture="tft",
         parameters={"d_model": 32},
         dataset_id="d1",
@@ -352,8 +352,8 @@ def test_model_trained_again_leaves_one_row(database: Database) -> None:
     assert [record.model_id for record in found] == ["tft-2", "tft-1"]
     assert found[1].parameters == {"d_model": 64}
     assert found[1].metrics == {"mae": 0.01, "rank_ic": None}
-    update_model_state(database, "tft-1", "champion")
-    assert [record.model_id for record in read_models(database, "champion")] == ["tft-1"]
+    assert read_model(database, "tft-1") == found[1]
+    assert [len(read_models(database, state)) for state in ("candidate", "champion")] == [2, 0]
 
 
 def test_predictions_and_sequences_are_replaced(database: Database) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from itertools import groupby
 from typing import Any
+from zlib import crc32
 
-from sqlalchemy import Connection, Engine, Table, select
+from sqlalchemy import Connection, Engine, Table, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from perpcast.database.schema import equity, events, positions, signals
@@ -94,6 +95,21 @@ def write_journal(engine: Engine, records: Iterable[Record]) -> None:
             names = [field.name for field in fields(kind)]
             rows = [{name: getattr(record, name) for name in names} for record in alike]
             _write(connection, _TABLES[kind], rows)
+
+
+def lock_events(connection: Connection, run: str) -> None:
+    """Until this transaction ends, no other one that asks for this lock goes on: a run's events come one by one."""
+    connection.execute(select(func.pg_advisory_xact_lock(crc32(f"events of {run}".encode()))))
+
+
+def append_event(connection: Connection, run: str, time: datetime, kind: str, detail: Mapping[str, Any]) -> None:
+    """Adds an event within the caller's transaction, under the next number of a run that has no writer of its own."""
+    lock_events(connection, run)
+    newest = connection.execute(select(func.max(events.c.number)).where(events.c.run == run)).scalar_one()
+    number = 0 if newest is None else newest + 1
+    connection.execute(
+        events.insert().values(run=run, number=number, time=time, kind=kind, symbol=None, detail=dict(detail))
+    )
 
 
 def read_signals(engine: Engine, run: str) -> list[SignalRecord]:

@@ -28,11 +28,23 @@ def _add_revisions(connection: Connection) -> None:
     connection.execute(text("ALTER TABLE instruments ADD COLUMN delivery_time timestamptz"))
 
 
+def _add_champions(connection: Connection) -> None:
+    """Nothing could promote before: a row that was marked as champion by hand has no evidence behind it."""
+    for statement in (
+        "UPDATE model_metadata SET state = 'candidate' WHERE state = 'champion'",
+        "ALTER TABLE model_metadata ADD COLUMN task_kind text "
+        "GENERATED ALWAYS AS (task #>> '{targets,0,kind}') STORED NOT NULL",
+        "CREATE UNIQUE INDEX one_champion ON model_metadata (task_kind) WHERE state = 'champion'",
+    ):
+        connection.execute(text(statement))
+
+
 # Number = place in the list, from 1. The first is the schema itself.
 MIGRATIONS: tuple[Migration, ...] = (
     Migration("tables of the first release", metadata.create_all),
     Migration("revisions of candles, and when a contract ends", _add_revisions),
     Migration("what processed rows were made of", processed_months.create),
+    Migration("one champion for each kind of task", _add_champions),
 )
 
 

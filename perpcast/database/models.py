@@ -1,17 +1,21 @@
 """Datasets, models and their predictions: what was trained on what, and what it said."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Engine, delete, select, update
+from sqlalchemy import Engine, delete, select
 from sqlalchemy.dialects.postgresql import insert
 
 from perpcast.database.binary_copy import Block, copy_in, copy_out
-from perpcast.database.schema import MODEL_STATES, model_metadata, model_predictions, training_sequences
+from perpcast.database.journal import append_event, lock_events
+from perpcast.database.schema import model_metadata, model_predictions, training_sequences
+from perpcast.errors import MissingInputError
 from perpcast.timeframe import from_ms
+
+REGISTRY = "registry"  # the run of the events about models
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,15 @@ class ModelRecord:
     bundle_path: str
     bundle_sha256: str
     code_revision: str | None = None
-    state: str = "candidate"
+    state: str = "candidate"  # the registry alone changes it
+
+    @property
+    def task_kind(self) -> str:
+        """What the model predicts, `regression` or `classification`: each kind has its own champion."""
+        return self.task["targets"][0]["kind"]
+
+
+_FIELDS = tuple(field.name for field in fields(ModelRecord))
 
 
 def replace_training_sequences(
@@ -68,33 +80,43 @@ def replace_training_sequences(
 
 
 def upsert_model(engine: Engine, model: ModelRecord) -> None:
-    """Stores a model under its id; a second training of the same id leaves one row."""
-    assert model.state in MODEL_STATES, f"state must be one of {MODEL_STATES}"
-    row = {
-        name: dict(value) if isinstance(value, Mapping) else value
-        for name, value in ((column.name, getattr(model, column.name)) for column in model_metadata.columns)
-    }
-    new = {name: value for name, value in row.items() if name != "model_id"}
+    """Stores a model under its id; a second training of the same id leaves one row.
+
+    A new model is a candidate. So is one whose bundle became another one: what it was promoted for is gone.
+    """
+    row = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(model).items()}
+    row["state"] = "candidate"
+    table = model_metadata
     with engine.begin() as connection:
-        connection.execute(
-            insert(model_metadata).values(row).on_conflict_do_update(index_elements=["model_id"], set_=new)
-        )
+        lock_events(connection, REGISTRY)
+        before = connection.execute(
+            select(table.c.state, table.c.task_kind, table.c.bundle_sha256).where(table.c.model_id == model.model_id)
+        ).one_or_none()
+        if before is not None and before.bundle_sha256 == model.bundle_sha256:
+            row["state"] = before.state
+        elif before is not None and before.state != "candidate":
+            detail = {"model_id": model.model_id, "task_kind": before.task_kind, "reason": "trained again"}
+            append_event(connection, REGISTRY, model.created_at, "model_retired", detail)
+        new = {name: value for name, value in row.items() if name != "model_id"}
+        connection.execute(insert(table).values(row).on_conflict_do_update(index_elements=["model_id"], set_=new))
 
 
 def read_models(engine: Engine, state: str | None = None) -> list[ModelRecord]:
     """The models, newest first; of one state or of all."""
-    query = select(model_metadata).order_by(model_metadata.c.created_at.desc(), model_metadata.c.model_id)
+    table = model_metadata
+    query = select(*(table.c[name] for name in _FIELDS)).order_by(table.c.created_at.desc(), table.c.model_id)
     if state is not None:
-        query = query.where(model_metadata.c.state == state)
+        query = query.where(table.c.state == state)
     with engine.connect() as connection:
         return [ModelRecord(**row) for row in connection.execute(query).mappings()]
 
 
-def update_model_state(engine: Engine, model_id: str, state: str) -> None:
-    """Moves a model to another state."""
-    assert state in MODEL_STATES, f"state must be one of {MODEL_STATES}"
-    with engine.begin() as connection:
-        connection.execute(update(model_metadata).where(model_metadata.c.model_id == model_id).values(state=state))
+def read_model(engine: Engine, model_id: str) -> ModelRecord:
+    """The model of that id. Raises MissingInputError where there is none."""
+    for model in read_models(engine):
+        if model.model_id == model_id:
+            return model
+    raise MissingInputError(f"no model {model_id} in model_metadata; python model_registry.py list shows them all")
 
 
 def replace_predictions(

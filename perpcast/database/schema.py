@@ -8,6 +8,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Computed,
     DateTime,
     Double,
     Index,
@@ -193,7 +194,10 @@ model_metadata = Table(
     Column("bundle_path", Text, nullable=False),
     Column("bundle_sha256", Text, nullable=False),
     Column("state", Text, nullable=False, server_default=text("'candidate'")),
+    # The first target's kind; all targets of a task are of one kind.
+    Column("task_kind", Text, Computed("task #>> '{targets,0,kind}'", persisted=True), nullable=False),
     _one_of("state", MODEL_STATES),
+    Index("one_champion", "task_kind", unique=True, postgresql_where=text("state = 'champion'")),
 )
 
 model_predictions = Table(
