@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from perpcast.database.journal import EquityRecord, EventRecord, PositionRecord, Record, SignalRecord
+from perpcast.database.journal import EquityRecord, EventRecord, PositionRecord, PredictionRecord, Record, SignalRecord
 from perpcast.errors import TemporaryExchangeError
 from perpcast.exit_policy import ExitPolicy
 from perpcast.live.feed import BarFeed, ClosedBar
@@ -127,6 +127,7 @@ class MemoryJournal:
     events: dict[tuple[str, int], EventRecord] = field(default_factory=dict)
     positions: dict[str, PositionRecord] = field(default_factory=dict)
     equity: dict[tuple[str, Any], EquityRecord] = field(default_factory=dict)
+    predictions: dict[tuple[str, str, Any], PredictionRecord] = field(default_factory=dict)
     commits: int = 0
     dies_at: int = -1  # the number of the commit that never happens
 
@@ -141,6 +142,8 @@ class MemoryJournal:
                 self.events.setdefault((record.run, record.number), record)
             elif isinstance(record, PositionRecord):
                 self.positions[record.position_id] = record
+            elif isinstance(record, PredictionRecord):
+                self.predictions.setdefault((record.model_id, record.symbol, record.open_time), record)
             else:
                 self.equity[record.run, record.time] = record
 
@@ -154,7 +157,7 @@ class MemoryJournal:
         return sorted((e for e in self.equity.values() if e.run == run), key=lambda e: e.time)
 
     def tables(self) -> tuple[Any, ...]:
-        return self.signals, self.events, self.positions, self.equity
+        return self.signals, self.events, self.positions, self.equity, self.predictions
 
 
 class KilledError(Exception):

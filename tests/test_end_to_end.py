@@ -26,6 +26,7 @@ from perpcast.database import (
     read_equity,
     read_events,
     read_models,
+    read_predictions,
     read_processed,
 )
 from perpcast.simulator.clock import RunningClock
@@ -130,4 +131,7 @@ def test_recorded_candles_pass_through_every_stage(world: World) -> None:
     equity = read_equity(world.database, run)
     assert len(equity) == REPLAY_BARS
     assert [to_ms(b.time) - to_ms(a.time) for a, b in pairwise(equity)] == [STEP_MS] * (REPLAY_BARS - 1)
+    # What was said live stands beside what was said of the test span.
+    said, _ = read_predictions(world.database, model.model_id, "BTCUSDT", ("buy_mean",))
+    assert {to_ms(bar.time) for bar in equity} <= set(said.tolist())
     assert read_events(world.database, run)[0].kind == "session"

@@ -56,6 +56,20 @@ def test_every_closed_position_earned_its_label() -> None:
             )
 
 
+def test_every_prediction_is_kept_traded_or_not() -> None:
+    """160 bars from the 41st on; what each says of the change over its window, buy and sell opposite."""
+    world = played()
+    kept = world.journal.predictions
+    assert len(kept) == len(SYMBOLS) * (200 - 40)
+    assert {model_id for model_id, _, _ in kept} == {world.rules.source}
+    assert all(each.sell_mean == -each.buy_mean and each.buy_q50 is None for each in kept.values())
+    taken = [signal for signal in world.journal.signals.values() if signal.decision == "taken"]
+    assert 0 < len(taken) < len(kept)
+    for signal in taken:
+        said = kept[signal.source, signal.symbol, signal.open_time]
+        assert signal.score == (said.buy_mean if signal.side == "buy" else said.sell_mean)
+
+
 def test_the_books_agree() -> None:
     world = played()
     positions = world.journal.positions.values()

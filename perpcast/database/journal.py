@@ -11,7 +11,7 @@ from zlib import crc32
 from sqlalchemy import Connection, Engine, Table, func, select
 from sqlalchemy.dialects.postgresql import insert
 
-from perpcast.database.schema import equity, events, positions, signals
+from perpcast.database.schema import equity, events, model_predictions, positions, signals
 from perpcast.market import Side
 
 
@@ -77,19 +77,42 @@ class EventRecord:
     detail: Mapping[str, Any]
 
 
-Record = SignalRecord | PositionRecord | EquityRecord | EventRecord
+@dataclass(frozen=True)
+class PredictionRecord:
+    """What a model said of a symbol at a bar; None for what its task does not tell."""
+
+    model_id: str
+    symbol: str
+    open_time: datetime
+    buy_mean: float
+    sell_mean: float
+    buy_q50: float | None = None
+    buy_q75: float | None = None
+    buy_q90: float | None = None
+    sell_q50: float | None = None
+    sell_q75: float | None = None
+    sell_q90: float | None = None
+    buy_profit_probability: float | None = None
+    sell_profit_probability: float | None = None
+
+
+Record = SignalRecord | PositionRecord | EquityRecord | EventRecord | PredictionRecord
 _TABLES: dict[type, Table] = {
     SignalRecord: signals,
     PositionRecord: positions,
     EquityRecord: equity,
     EventRecord: events,
+    PredictionRecord: model_predictions,
 }
-_HISTORY = (signals, events)  # append-only: what is written stays
+_HISTORY = (signals, events, model_predictions)  # append-only: what is written stays
 
 
 def write_journal(engine: Engine, records: Iterable[Record]) -> None:
-    """Writes records in the order given, all of them or none. Signals and events are kept as first written; positions
-    and equity take the newest values. Raises sqlalchemy.exc.IntegrityError where a symbol had two open positions."""
+    """Writes records in the order given, all of them or none.
+
+    Signals, events and predictions are kept as first written; positions and equity take the newest values. Raises
+    sqlalchemy.exc.IntegrityError where a symbol had two open positions.
+    """
     with engine.begin() as connection:
         for kind, alike in groupby(records, type):
             names = [field.name for field in fields(kind)]

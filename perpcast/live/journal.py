@@ -15,6 +15,7 @@ from perpcast.database.journal import (
     EquityRecord,
     EventRecord,
     PositionRecord,
+    PredictionRecord,
     Record,
     SignalRecord,
     read_equity,
@@ -23,6 +24,7 @@ from perpcast.database.journal import (
     write_journal,
 )
 from perpcast.decision import Decision, Taken
+from perpcast.live.forecast import Forecast
 from perpcast.live.paper import Entry, PaperFill, PaperPosition
 from perpcast.market import Signal
 from perpcast.timeframe import from_ms, to_ms
@@ -197,6 +199,12 @@ class SessionJournal:
                     "signal_ms": signal.open_time_ms,
                 },
             )
+
+    def predictions(self, forecast: Forecast, model_id: str) -> None:
+        """What the model said of every symbol at a bar, traded or not."""
+        for row, symbol in enumerate(forecast.symbols):
+            outputs = {name: float(values[row]) for name, values in forecast.outputs.items()}
+            self._records.append(PredictionRecord(model_id, symbol, from_ms(forecast.open_time_ms), **outputs))
 
     def entry_of(self, decision: Taken) -> Entry:
         """The entry of a taken signal, as it would be read back."""

@@ -97,6 +97,7 @@ class Trader:
             size=self._sizer(equity, {symbol: new[-1].close for symbol, new in bar.candles.items()}),
             halted=halted,
         )
+        self._journal.predictions(forecast, self._rules.source)
         for decision in decisions:
             self._journal.decision(decision)
             if isinstance(decision, Taken):
