@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import download, inference, prepare, training
+from benchmarks import backtest, download, inference, prepare, training
 from perpcast.config import load_settings
 from perpcast.exit_policy import ExitPolicy, label_sides
 from perpcast.features.indicators import compute_indicators
@@ -179,6 +179,7 @@ def main() -> None:
     for title, measure_table in (
         ("prepare (three minutes)", lambda: prepare.measure(plain_seconds_a_bar)),
         ("download (two minutes)", download.measure),
+        ("backtest (a minute)", backtest.measure),
         ("prediction (three minutes)", inference.measure),
         ("training (fifteen minutes)", training.measure),
     ):

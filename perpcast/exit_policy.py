@@ -154,17 +154,21 @@ def label_sides(
     policies: Mapping[Side, ExitPolicy],
     *,
     ambiguous: bool = True,
+    adverse_first: bool = True,
 ) -> dict[Side, Labels]:
     """The rule's outcome for a trade of each side signalled at every bar of one symbol's consecutive bars.
 
     Prices are four arrays [n]; a bar is missing where any of its four is NaN, infinite or not positive. A bar has no
     label where bar `horizon + 1` after it does not exist yet or any bar up to it is missing, also if the trade would
     have ended before: keeping only the early ends would bias the last days. `ambiguous` takes a tenth of the time.
+
+    `adverse_first` False is not the rule: it walks every bar favourable extreme first, without `ambiguous`, to show
+    how much hangs on the order.
     """
     prices = [np.ascontiguousarray(column, np.float64) for column in (open, high, low, close)]
     if any(column.ndim != 1 or len(column) != len(prices[0]) for column in prices):
         raise ValueError(f"expected four one-dimensional arrays of one length, received {[c.shape for c in prices]}")
-    columns = _label_bars(*prices, *_rules(policies), ambiguous)
+    columns = _label_bars(*prices, *compiled_rules(policies), ambiguous and adverse_first, adverse_first)
     return {side: Labels(*(column[number] for column in columns)) for number, side in enumerate(policies)}
 
 
@@ -176,10 +180,10 @@ class OpenTrade:
 
     def __init__(self, side: Side, policy: ExitPolicy, entry_open: float) -> None:
         self.side, self.policy = side, policy
-        rules, steps = _rules({side: policy})
+        rules, steps = compiled_rules({side: policy})
         self._rule, self._plan = rules[0], np.empty_like(steps[0])
         self.entry_price = entry_open * (1 + float(self._rule["sign"]) * policy.slippage)
-        _set_plan(self._plan, steps, 0, self.entry_price)
+        set_plan(self._plan, steps, 0, self.entry_price)
         self.bars_held = 0
         self.targets_filled = 0
         self.expected_return = -policy.taker_fee
@@ -212,7 +216,7 @@ class OpenTrade:
         prices = (open, high, low, close)
         bars = np.array([[*prices, min(prices), max(prices)]])
         before, entry_bar = self.targets_filled, -self.bars_held
-        self.targets_filled, self._reason, price, self.bars_held, _ = _walk(
+        self.targets_filled, self._reason, price, self.bars_held, _ = walk_bars(
             bars, 0, 1, entry_bar, self._rule, self._plan, before, True
         )
         fills = [self._target_fill(number) for number in range(before, self.targets_filled)]
@@ -225,11 +229,11 @@ class OpenTrade:
         """What one fill adds to the trade's return, after its fee and slippage: a fraction of the entry notional."""
         policy = self.policy
         fee, slippage = (policy.maker_fee, 0.0) if fill.maker else (policy.taker_fee, policy.slippage)
-        return float(_contribution(fill.fraction, fill.price, self._rule["sign"], self.entry_price, fee, slippage))
+        return float(contribution(fill.fraction, fill.price, self._rule["sign"], self.entry_price, fee, slippage))
 
     def _target_fill(self, number: int) -> Fill:
         why = "take_profit" if number + 1 == self._rule["levels"] else "target"
-        return Fill(float(self._plan[number, _CLOSES]), float(self._plan[number, _LEVEL]), True, why)
+        return Fill(float(self._plan[number, _CLOSES]), float(self._plan[number, PLAN_LEVEL]), True, why)
 
 
 # --- the compiled walk -----------------------------------------------------------------------------------------------
@@ -252,13 +256,13 @@ _RULE = np.dtype(
 # Columns of a policy's steps and of a trade's plan. Row k is what holds while k levels are filled: the next level and
 # the stop (multiples of the entry price in steps, prices in a plan), the fraction of the entry size that the next level
 # closes, and the fraction still open. When all are filled there is no next level and nothing open.
-_LEVEL, _STOP, _CLOSES, _LEFT = range(4)
+PLAN_LEVEL, _STOP, _CLOSES, _LEFT = range(4)
 
 # Columns of a bar. The extremes over all four prices say with two comparisons that a bar touches nothing.
 _OPEN, _HIGH, _LOW, _CLOSE, _LOWEST, _HIGHEST = range(6)
 
 
-def _rules(policies: Mapping[Side, ExitPolicy]) -> tuple[np.ndarray, np.ndarray]:
+def compiled_rules(policies: Mapping[Side, ExitPolicy]) -> tuple[np.ndarray, np.ndarray]:
     """Rules [sides] and steps [sides, levels + 1, 4]; where another side has more levels, NaN fills up."""
     if not set(policies) <= set(SIDES):
         raise ValueError(f"side must be 'buy' or 'sell', received {list(policies)}")
@@ -286,17 +290,17 @@ def _steps(sign: float, policy: ExitPolicy) -> list[tuple[float, float, float, f
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _set_plan(plan, steps, side, entry):
+def set_plan(plan, steps, side, entry):
     """Writes the plan of a trade from its entry price and its side's steps."""
     for filled in range(len(plan)):
-        plan[filled, _LEVEL] = entry * steps[side, filled, _LEVEL]
+        plan[filled, PLAN_LEVEL] = entry * steps[side, filled, PLAN_LEVEL]
         plan[filled, _STOP] = entry * steps[side, filled, _STOP]
         plan[filled, _CLOSES] = steps[side, filled, _CLOSES]
         plan[filled, _LEFT] = steps[side, filled, _LEFT]
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _walk(bars, bar, end, entry_bar, rule, plan, filled, adverse_first):
+def walk_bars(bars, bar, end, entry_bar, rule, plan, filled, adverse_first):
     """A trade that entered at `entry_bar` and has filled so many levels, over `bars` from `bar` to before `end`.
 
     Returns (filled levels, exit reason or NONE, price of a stop or time-out, bars held, whether the order of the
@@ -305,7 +309,7 @@ def _walk(bars, bar, end, entry_bar, rule, plan, filled, adverse_first):
     adverse, favourable = (_LOW, _HIGH) if rule.sign > 0 else (_HIGH, _LOW)
     reason, price, order_mattered = NONE, 0.0, False
     while bar < end and reason == NONE:
-        level, stop = plan[filled, _LEVEL], plan[filled, _STOP]
+        level, stop = plan[filled, PLAN_LEVEL], plan[filled, _STOP]
         lower, upper = min(level, stop), max(level, stop)
         # Most bars lie between the two and change nothing. The last may be the time-out.
         while bar < end - 1 and bars[bar, _LOWEST] > lower and bars[bar, _HIGHEST] < upper:
@@ -344,7 +348,7 @@ def _walk_extremes(adverse, favourable, close, rule, plan, filled, adverse_first
     sign, reason = rule.sign, NONE
     if adverse_first and sign * (adverse - plan[filled, _STOP]) <= 0:
         reason = _stop_reason(filled)
-        order_matters = sign * (favourable - plan[filled, _LEVEL]) >= 0
+        order_matters = sign * (favourable - plan[filled, PLAN_LEVEL]) >= 0
     else:
         before = filled
         filled = _reach(favourable, rule, plan, filled)
@@ -360,7 +364,7 @@ def _walk_extremes(adverse, favourable, close, rule, plan, filled, adverse_first
 @njit(cache=_CACHED, error_model="numpy")
 def _reach(price, rule, plan, filled):
     """Number of filled levels after `price`: every level that it reaches fills, in order. None reaches NaN."""
-    while rule.sign * (price - plan[filled, _LEVEL]) >= 0:
+    while rule.sign * (price - plan[filled, PLAN_LEVEL]) >= 0:
         filled += 1
     return filled
 
@@ -371,23 +375,23 @@ def _stop_reason(filled):
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _earned(filled, price, rule, plan, entry):
+def earned(filled, price, rule, plan, entry):
     """The return of a trade that has ended: filled levels as maker, what they left at `price` as taker."""
     total = -rule.taker_fee
     for number in range(filled):
-        total += _contribution(plan[number, _CLOSES], plan[number, _LEVEL], rule.sign, entry, rule.maker_fee, 0.0)
-    return total + _contribution(plan[filled, _LEFT], price, rule.sign, entry, rule.taker_fee, rule.slippage)
+        total += contribution(plan[number, _CLOSES], plan[number, PLAN_LEVEL], rule.sign, entry, rule.maker_fee, 0.0)
+    return total + contribution(plan[filled, _LEFT], price, rule.sign, entry, rule.taker_fee, rule.slippage)
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _contribution(fraction, price, sign, entry, fee, slippage):
+def contribution(fraction, price, sign, entry, fee, slippage):
     """fraction * (s * (price / entry - 1) - fee * price / entry), the price worsened by the slippage."""
     paid = price * (1 - sign * slippage)
     return fraction * (sign * (paid / entry - 1) - fee * paid / entry)
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _label_bars(open, high, low, close, rules, steps, with_ambiguous):
+def _label_bars(open, high, low, close, rules, steps, with_ambiguous, adverse_first):
     """The columns of `Labels`, [sides, n] each. Backwards, so that the next missing bar is always known."""
     count, sides = len(open), len(rules)
     expected_return = np.full((sides, count), np.nan)
@@ -398,7 +402,7 @@ def _label_bars(open, high, low, close, rules, steps, with_ambiguous):
     bars, plan = np.empty((count, 6)), np.empty(steps.shape[1:])
     next_missing = count
     for signal in range(count - 1, -1, -1):
-        if not _set_bar(bars, signal, open[signal], high[signal], low[signal], close[signal]):
+        if not set_bar(bars, signal, open[signal], high[signal], low[signal], close[signal]):
             next_missing = signal
         first = signal + 1
         for side in range(sides):
@@ -407,21 +411,23 @@ def _label_bars(open, high, low, close, rules, steps, with_ambiguous):
             if end > next_missing:
                 continue
             entry = open[first] * (1 + rule.sign * rule.slippage)
-            _set_plan(plan, steps, side, entry)
-            filled, reason, price, held, order_mattered = _walk(bars, first, end, first, rule, plan, 0, True)
-            total = _earned(filled, price, rule, plan, entry)
+            set_plan(plan, steps, side, entry)
+            filled, reason, price, held, order_mattered = walk_bars(
+                bars, first, end, first, rule, plan, 0, adverse_first
+            )
+            total = earned(filled, price, rule, plan, entry)
             if not np.isfinite(total):  # prices too far apart for a fraction of one another
                 continue
             expected_return[side, signal], exit_reason[side, signal] = total, reason
             bars_held[side, signal], targets_filled[side, signal] = held, filled
             if with_ambiguous and order_mattered:
-                filled, _, price, _, _ = _walk(bars, first, end, first, rule, plan, 0, False)
-                ambiguous[side, signal] = abs(total - _earned(filled, price, rule, plan, entry)) > AMBIGUOUS_ABOVE
+                filled, _, price, _, _ = walk_bars(bars, first, end, first, rule, plan, 0, False)
+                ambiguous[side, signal] = abs(total - earned(filled, price, rule, plan, entry)) > AMBIGUOUS_ABOVE
     return expected_return, exit_reason, bars_held, targets_filled, ambiguous
 
 
 @njit(cache=_CACHED, error_model="numpy")
-def _set_bar(bars, bar, open, high, low, close):
+def set_bar(bars, bar, open, high, low, close):
     """Writes a bar's row; False where the bar is missing."""
     lowest, highest = min(min(open, high), min(low, close)), max(max(open, high), max(low, close))
     bars[bar, _OPEN], bars[bar, _HIGH], bars[bar, _LOW], bars[bar, _CLOSE] = open, high, low, close

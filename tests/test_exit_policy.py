@@ -136,17 +136,21 @@ def test_buy_without_costs_earns_what_its_fills_add_up_to(bars: list[Bar], expec
 def assert_equals_reference(
     bars: list[Bar], policies: Mapping[Side, ExitPolicy], signals: Iterable[int]
 ) -> Counter[tuple[Side, str]]:
-    """Both sides' labels equal the plain rule's; returns how often each side ended in which way."""
+    """Both sides' labels equal the plain rule's, in either order; returns how often each side ended in which way."""
     ends: Counter[tuple[Side, str]] = Counter()
-    both = label_sides(*columns(bars), policies)
+    both, swapped = label_sides(*columns(bars), policies), label_sides(*columns(bars), policies, adverse_first=False)
     for side, signal in ((side, signal) for side in policies for signal in signals):
         policy, labels = policies[side], both[side]
         window = bars[signal : signal + policy.horizon + 2]
         expected, other = trade(window, side, policy), trade(window, side, policy, adverse_first=False)
         if expected is None or other is None:
             assert is_no_label(labels, signal)
+            assert np.isnan(swapped[side].expected_return[signal])
             ends[side, NO_LABEL] += 1
             continue
+        assert abs(swapped[side].expected_return[signal] - other.expected_return) <= 1e-12
+        assert EXIT_REASONS[swapped[side].exit_reason[signal]] == other.reason
+        assert len(swapped[side].ambiguous) == 0
         expected_return, reason, bars_held, targets_filled, ambiguous = row(labels, signal)
         assert abs(expected_return - expected.expected_return) <= 1e-12
         assert EXIT_REASONS[reason] == expected.reason

@@ -24,7 +24,11 @@ NEIGHBOURS = {
     ("config", "errors"): "the ground's own error tree",
     ("config", "timeframe"): "the ground's own interval names",
     ("quality", "exit_policy"): "what is counted are outcomes of the policy",
+    ("models", "bundle"): "an export is compared and timed in the very sessions that will run it",
     ("decision", "exit_policy"): "a decision is about trades under the policy",
+    ("backtest", "exit_policy"): "what a trade earns, and by which walk",
+    ("backtest", "decision"): "which trades are taken",
+    ("backtest", "sizing"): "how large they are",
 }
 
 MODULES = sorted((ROOT / "perpcast").rglob("*.py"))

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import groupby
 
+from perpcast.backtest import EntrySizer
 from perpcast.decision import Taken, decide, signals_from_returns
 from perpcast.errors import DataError, PerpcastError
 from perpcast.exit_policy import ExitPolicy
@@ -13,8 +13,8 @@ from perpcast.live.forecast import Forecast, Forecaster
 from perpcast.live.history import CandleHistory
 from perpcast.live.journal import SessionJournal, SessionState
 from perpcast.live.paper import PaperAccount
-from perpcast.market import Candle, Instrument, Side, Signal
-from perpcast.sizing import Sizing, entry_quantity
+from perpcast.market import Candle, Instrument, Side
+from perpcast.sizing import Sizing
 from perpcast.timeframe import format_time
 
 
@@ -159,28 +159,6 @@ class Trader:
         lost = 1 - equity / self._peak_equity
         return "max_drawdown reached" if lost >= self._rules.max_drawdown else ""
 
-    def _sizer(self, equity: float, closes: Mapping[str, float]) -> "_Sizer":
+    def _sizer(self, equity: float, closes: Mapping[str, float]) -> EntrySizer:
         free = self.account.free_margin - float(self._rules.sizing.margin(equity)) * len(self.account.waiting)
-        return _Sizer(self._rules, self._instruments, equity, closes, free)
-
-
-@dataclass
-class _Sizer:
-    """Sizes the entries of one bar, best first; each ties up margin that the next does not have."""
-
-    rules: Rules
-    instruments: Mapping[str, Instrument]
-    equity: float
-    closes: Mapping[str, float]
-    free_margin: float
-
-    def __call__(self, signal: Signal) -> Decimal | str:
-        margin = float(self.rules.sizing.margin(self.equity))
-        if margin > self.free_margin:
-            return "not enough free margin"
-        price, policy = self.closes[signal.symbol], self.rules.policies[signal.side]
-        lowest = price * (1 - (policy.stop if signal.side == "buy" else policy.take_profit))
-        quantity = entry_quantity(self.rules.sizing, self.equity, price, lowest, self.instruments[signal.symbol])
-        if isinstance(quantity, Decimal):
-            self.free_margin -= margin
-        return quantity
+        return EntrySizer(self._rules.sizing, self._rules.policies, self._instruments, equity, closes, free)
