@@ -16,11 +16,12 @@ import click
 import numpy as np
 from rich.table import Table
 
-from perpcast.bundle import Bundle, load_bundle
+from perpcast.bundle import Bundle, load_bundle, read_card
 from perpcast.command_line import console, notice, open_database, progress_bar, stage
 from perpcast.config import Settings
 from perpcast.database import Database, ModelRecord, read_models
 from perpcast.errors import ConfigError, MissingInputError, SetupError
+from perpcast.evaluation.certificate import check_certificate
 from perpcast.exchange import BybitClient, CandleStream, Hosts, hosts_of
 from perpcast.exit_policy import ExitPolicy
 from perpcast.live.feed import BarFeed
@@ -95,7 +96,9 @@ def make_plan(settings: Settings, database: Database, mode: str, bars: int | Non
     """Loads the model and holds it against the configuration."""
     hosts = hosts_of(settings.exchange.environment, settings.exchange.rest_url, settings.exchange.ws_url)
     model = choose_model(read_models(database), model_id)
-    bundle = load_bundle(settings.path(model.bundle_path))
+    folder = settings.path(model.bundle_path)
+    bundle = load_bundle(folder)
+    check_certificate(read_card(folder), f"model {model.model_id}")
     horizon, interval = settings.model.prediction_horizon, settings.data_download.interval
     policies: dict[Side, ExitPolicy] = {
         side: ExitPolicy.from_config(settings.risk_profile, settings.fees, side, horizon) for side in SIDES

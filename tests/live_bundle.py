@@ -1,9 +1,10 @@
 """A model bundle for the runner's tests, without training: what rose over four bars is expected to go on rising."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from perpcast.bundle import Bundle, BundleParts, save_bundle
 from perpcast.database import Database, ModelRecord, upsert_model
+from perpcast.evaluation.certificate import (
+    CERTIFICATE_VERSION,
+    DATASET_CHECKS,
+    MODEL_CHECKS,
+    Certificate,
+    Check,
+    NullScore,
+)
 from perpcast.exit_policy import ExitPolicy
 from perpcast.features.indicators import FEATURE_SET
 from perpcast.features.inputs import KNOWN, OBSERVED
@@ -21,6 +30,7 @@ from perpcast.task import Target, Task
 
 LOOKBACK = 60
 QUANTILES = (0.5, 0.75, 0.9)
+FINGERPRINT = "c0ffee" * 10 + "c0de"
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,12 @@ class LinearNetwork:
         return model.SerializeToString()
 
 
+def certificate() -> Certificate:
+    """One that has passed everything; the network was made by hand, from no data."""
+    checks = tuple(Check(name, True, "made by hand") for name in (*DATASET_CHECKS, *MODEL_CHECKS))
+    return Certificate(CERTIFICATE_VERSION, FINGERPRINT, checks, NullScore((), ()))
+
+
 def momentum(task: Task) -> LinearNetwork:
     """What rose over four bars before the signal bar's end goes on rising: buy columns, and sell ones with a minus."""
     weights = np.zeros((len(OBSERVED) + len(KNOWN), len(task.outputs)))
@@ -138,7 +154,7 @@ def momentum_parts(symbols: tuple[str, ...], policies: dict[Side, ExitPolicy]) -
         scaler=Scaler(columns, (0.0,) * len(columns), (1.0,) * len(columns)),
         reading=OutputReading(task, (ReturnReading(0.0, 1.0), ReturnReading(0.0, 1.0))),
         threshold=0.001,
-        card={},
+        card={"dataset": {"fingerprint": FINGERPRINT}, "leak_certificate": certificate().to_json()},
         card_text="",
         golden=(observed, known, symbols[:2]),
     )
@@ -150,9 +166,12 @@ def make_model(
     symbols: tuple[str, ...],
     policies: dict[Side, ExitPolicy],
     model_id: str = "momentum",
+    card: Mapping[str, Any] | None = None,
 ) -> Bundle:
-    """Writes the bundle and its row in model_metadata."""
+    """Writes the bundle and its row in model_metadata; `card` in place of one with a certificate."""
     parts = momentum_parts(symbols, policies)
+    if card is not None:
+        parts = replace(parts, card=card)
     bundle = save_bundle(folder / model_id, parts)
     upsert_model(
         database,

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from perpcast.features.indicators import CANDLES_49, HOUR_MS, Indicator
-from perpcast.features.leak import Leak, check_indicators, planted_leak
+from perpcast.features.indicators import CANDLES_49, HOUR_MS, Indicator, compute_indicators
+from perpcast.features.inputs import observed_inputs, observed_names
+from perpcast.features.leak import Leak, check_indicators, foreign_inputs, planted_leak
 from perpcast.features.stretch import Stretch
 from perpcast.features.transforms import Transform, unchanged
 from tests.recorded import needs_recorded, recorded_candles
@@ -175,3 +176,42 @@ def test_change_is_measured_against_the_larger_value() -> None:
     leak = Leak("x", "stored value", "append", 1, 0, 2.0, -8.0)
     assert leak.relative == 10 / 8
     assert replace(leak, changed=np.nan).relative == 1.0
+
+
+# --- stored inputs against those of someone who does not know the future --------------------------------------------
+
+# Seen at few bars only, or by the last digits: for `check_indicators`, which looks at the computation itself.
+FAINT = {"a ten-billionth of the next close", "a warm-up filled from behind", "unknown values filled from behind"}
+
+
+def stored_inputs(candles: pd.DataFrame, registry: tuple[Indicator, ...] = CANDLES_49) -> np.ndarray:
+    indicators = compute_indicators(candles, "15", 0, registry).to_numpy()
+    return observed_inputs(candles, indicators, "15", 0, registry)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LEAKS if kind not in FAINT])
+def test_foreign_inputs_are_found_where_an_indicator_looks_ahead(kind: str) -> None:
+    """Windows of 20 bars that end all over the history; the newest bars of each tell, or its whole."""
+    candles, registry = with_one_trouble(), (LEAKS[kind],)
+    found = foreign_inputs(candles, stored_inputs(candles, registry), np.arange(800, 2_800, 101), 20, registry=registry)
+    assert len(found) > 5
+    assert {leak.name for leak in found} == {LEAKS[kind].name}
+    assert all(leak.time_ms < leak.cut_ms for leak in found)
+
+
+@pytest.mark.parametrize("candles", [with_one_trouble, troubled_market], ids=["one trouble", "many troubles"])
+def test_honest_inputs_are_no_foreign_ones(candles: Callable[[], pd.DataFrame]) -> None:
+    frame = candles()
+    assert foreign_inputs(frame, stored_inputs(frame), np.arange(5, len(frame), 211), 20) == []
+
+
+def test_foreign_inputs_names_the_bar_and_both_values() -> None:
+    candles = market(1_500)
+    stored = stored_inputs(candles)
+    true = float(stored[1_190, 3])
+    stored[1_190, 3] = true + 1
+    (leak,) = foreign_inputs(candles, stored, np.array([1_000, 1_189, 1_195]), 20)
+    times = pd.DatetimeIndex(candles["open_time"]).as_unit("ms").asi8
+    assert (leak.time_ms, leak.cut_ms) == (times[1_190], times[1_196])
+    assert (leak.value, leak.changed) == pytest.approx((true + 1, true))
+    assert leak.name == observed_names()[3]

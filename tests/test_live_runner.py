@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from perpcast.database import (
     read_positions,
     read_signals,
 )
+from perpcast.evaluation.certificate import DATASET_CHECKS, Check
 from perpcast.exit_policy import ExitPolicy, label_trades
 from perpcast.features.inputs import OBSERVED, compute_inputs
 from perpcast.market import SIDES
@@ -36,7 +37,7 @@ from perpcast.simulator.clock import RunningClock
 from perpcast.simulator.server import serve_in_thread
 from perpcast.simulator.synthetic import SyntheticMarket
 from perpcast.timeframe import parse_time, to_ms
-from tests.live_bundle import make_model
+from tests.live_bundle import FINGERPRINT, certificate, make_model
 
 ROOT = Path(__file__).parents[1]
 STEP_MS = 900_000
@@ -192,6 +193,32 @@ def test_wrong_use_is_told_in_a_line(shop: Shop) -> None:
         assert "another buy trade" in answer([*other, "--mode", "replay"])
         dead = shop.configuration("http://127.0.0.1:9", "ws://127.0.0.1:9")
         assert "exchange unreachable" in answer([*dead, "--mode", "replay"])
+
+
+@pytest.mark.parametrize("case", ["none", "of another dataset", "failed", "of the dataset alone"])
+def test_a_model_without_its_passing_certificate_is_not_traded(shop: Shop, case: str) -> None:
+    own = certificate()
+    leak = Check("threshold", False, "chosen again on V2 it is +1 %")
+    cards: dict[str, dict[str, Any]] = {
+        "none": {},
+        "of another dataset": {"leak_certificate": replace(own, fingerprint="0" * 64).to_json()},
+        "failed": {"leak_certificate": replace(own, checks=(*own.checks[:-1], leak)).to_json()},
+        "of the dataset alone": {"leak_certificate": replace(own, checks=own.checks[: len(DATASET_CHECKS)]).to_json()},
+    }
+    said = {
+        "none": "has no leak certificate",
+        "of another dataset": "has another leak certificate than its own",
+        "failed": "is not certified (threshold: chosen again on V2 it is +1 %)",
+        "of the dataset alone": "calibration: was not checked",
+    }
+    card = {"dataset": {"fingerprint": FINGERPRINT}, **cards[case]}
+    make_model(shop.engine, shop.folder, SYMBOLS, policies(), card=card)
+    # Refused before anything is asked of an exchange: nothing listens there.
+    configuration = shop.configuration("http://127.0.0.1:9", "ws://127.0.0.1:9")
+    code, _, err = shop.run([*configuration, "--mode", "paper"])
+    assert code == 2
+    assert said[case] in " ".join(err.split())
+    assert "run train_universal_transformer.py --force" in err
 
 
 def test_a_symbol_that_the_exchange_does_not_list_is_refused(shop: Shop) -> None:

@@ -96,3 +96,11 @@ def label_overlaps(split: TimeSplit, step_ms: int, horizon: int) -> int:
     reach = horizon + 1
     gaps = [(later.first_ms - earlier.last_ms) // step_ms for earlier, later in pairwise(split.spans.values())]
     return sum(max(0, reach - gap + 1) for gap in gaps)
+
+
+def rows_of_windows(ends: np.ndarray, lookback: int, rows: int) -> np.ndarray:
+    """True for every one of so many rows that lies in a window of `lookback` rows ending at one of `ends`: bool."""
+    steps = np.zeros(rows + 1, np.int64)
+    np.add.at(steps, ends - (lookback - 1), 1)
+    np.add.at(steps, ends + 1, -1)
+    return np.cumsum(steps[:-1]) > 0

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from perpcast.features.indicators import CANDLES_49, C, Indicator, compute_indicators
-from perpcast.features.inputs import observed_inputs, observed_names
+from perpcast.features.inputs import WARMUP_BARS, observed_inputs, observed_names
 from perpcast.features.stretch import PRICES, Stretch, bars_of
 from perpcast.features.transforms import unchanged
 from perpcast.market import FLAT_RUN_BARS
@@ -75,8 +75,7 @@ def check_indicators(
         return {"stored value": stored, "model input": inputs}
 
     bars, random = bars_of(candles, interval), np.random.default_rng(seed)
-    whole = pd.DataFrame({name: getattr(bars, name) for name in (*PRICES, "volume")})
-    whole.insert(0, "open_time", bars.open_time_ms)
+    whole = _frame_of(bars)
     tried: list[tuple[pd.DataFrame, int]] = []
     if len(whole) > 1:
         tried += [_piece(whole, cut, random) for cut in _cuts(bars, CUTS, random)]
@@ -89,6 +88,53 @@ def check_indicators(
     return list(first.values())
 
 
+def foreign_inputs(
+    candles: pd.DataFrame,
+    stored: np.ndarray,
+    rows: np.ndarray,
+    lookback: int,
+    interval: str = "15",
+    max_gap_bars: int = 0,
+    registry: Sequence[Indicator] = CANDLES_49,
+    *,
+    seed: int = 0,
+) -> list[Leak]:
+    """Where `stored` inputs are not those of someone who knows no bar after the window's: the first of each window.
+
+    `stored` is [n, observed] for the bars of `candles`, `rows` the last bars of the windows that are looked at. Each is
+    computed again from its own bars and the warm-up before them, by turns with nothing after it and with bars in place
+    of the true ones that are drawn from `seed`. What differs by less than a hundred thousandth is the same.
+    """
+    bars, random = bars_of(candles, interval), np.random.default_rng(seed)
+    whole, names = _frame_of(bars), observed_names(registry)
+    found = []
+    for number, row in enumerate(rows.tolist()):
+        begin = max(row + 1 - WARMUP_BARS - lookback, 0)
+        past, future = whole[begin : row + 1], whole[row + 1 : row + 1 + FUTURE_BARS]
+        cut_off = number % 2 == 0
+        other = future[:0] if cut_off else _moved(future, random, 0.5, up=1000.0)
+        frame = pd.concat([past, other], ignore_index=True)
+        indicators = compute_indicators(frame, interval, max_gap_bars, registry).to_numpy()
+        again = observed_inputs(frame, indicators, interval, max_gap_bars, registry)
+        window = slice(max(row + 1 - lookback, 0), row + 1)
+        mine, theirs = stored[window], again[window.start - begin : window.stop - begin]
+        differs = ~np.isclose(mine, theirs, rtol=1e-5, atol=1e-8, equal_nan=True)
+        if differs.any():
+            bar, column = np.argwhere(differs)[0].tolist()
+            found.append(
+                Leak(
+                    name=names[column],
+                    form="model input",
+                    test="truncation" if cut_off else "perturbation",
+                    cut_ms=int(bars.open_time_ms[row]) + bars.step_ms,
+                    time_ms=int(bars.open_time_ms[window.start + bar]),
+                    value=float(mine[bar, column]),
+                    changed=float(theirs[bar, column]),
+                )
+            )
+    return found
+
+
 def planted_leak() -> Indicator:
     """An indicator that knows the next bar's close: a check that does not report it has shown nothing."""
 
@@ -96,6 +142,13 @@ def planted_leak() -> Indicator:
         return np.append(stretch.close[1:] / stretch.close[:-1] - 1, np.nan)
 
     return Indicator("planted_leak", "derived", (C,), 0, next_change, unchanged, "Change of close over the next bar")
+
+
+def _frame_of(bars: Stretch) -> pd.DataFrame:
+    """The bars with `open_time` as numbers, which can be moved."""
+    frame = pd.DataFrame({name: getattr(bars, name) for name in (*PRICES, "volume")})
+    frame.insert(0, "open_time", bars.open_time_ms)
+    return frame
 
 
 def _changes(

@@ -1,9 +1,10 @@
 """The dataset folder: model inputs, labels and the index of valid windows, built once from the database.
 
 `datasets/<id>/` holds `inputs.f32` (float32 [rows, observed + known], unscaled), `rows.npz` (symbol, time, outcome of
-every row), `index.npz` (signal rows by split), `task.json` (task and scaler) and `manifest.json`. Windows are never
-written out: one is the `lookback` rows that end at its signal row. The id is a hash of the content, so that the same
-data gives the same folder; it is written aside and renamed, so that a folder that exists is whole.
+every row), `index.npz` (signal rows by split), `task.json` (task and scaler), `manifest.json` and `certificate.json`.
+Windows are never written out: one is the `lookback` rows that end at its signal row. The id is a hash of the content,
+so that the same data gives the same folder; it is written aside, certified and renamed, so that a folder that exists is
+whole and does not leak.
 """
 
 import fcntl
@@ -20,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from perpcast.database import Database, TrainingSequence, read_candles, read_processed, replace_training_sequences
-from perpcast.errors import DataError, MissingInputError
+from perpcast.errors import DataError, MissingInputError, PerpcastError
+from perpcast.evaluation.certificate import Certificate
 from perpcast.evaluation.scores import Windows
-from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, split_by_time
+from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, rows_of_windows, split_by_time
 from perpcast.exit_policy import LABEL_VERSION, ExitPolicy, label_sides
 from perpcast.features.indicators import FEATURE_SET
 from perpcast.features.inputs import KNOWN, OBSERVED, known_inputs, observed_inputs
@@ -30,6 +32,7 @@ from perpcast.features.scaler import Scaler
 from perpcast.market import SIDES, CandleSeries, Side
 from perpcast.task import Target, Task
 from perpcast.timeframe import format_time, interval_ms
+from perpcast.training.certify import certify_dataset, read_certificate, refuse_failures, write_certificate
 
 # Declared versions of the code whose change makes another dataset of the same rows; they enter the fingerprint.
 SPLIT_VERSION = "time_split/1"
@@ -54,6 +57,7 @@ class Dataset:
     expected_return: np.ndarray  # float64 [rows, sides], NaN where there is no label
     bars_held: np.ndarray  # int16 [rows, sides]
     index: Mapping[str, np.ndarray]  # by split: rows of the signal bars, int64 [windows]
+    certificate: Certificate | None = None  # None until it is certified: none is trained on or traded without
 
     @property
     def dataset_id(self) -> str:
@@ -162,7 +166,8 @@ def build_dataset(
 
     `fractions` are those of the spans in the order of SPLITS. `purge` in bars is the reach of a label, horizon + 1,
     unless given; less is refused. Symbols without a window in the training span are left out of the task: the model
-    could say nothing about them. `universe_as_of` says when and how the symbols were chosen.
+    could say nothing about them. `universe_as_of` says when and how the symbols were chosen. Raises DataError where
+    its leak certificate does not pass; nothing is kept then.
     """
     reach = task.horizon + 1
     purge = reach if purge is None else purge
@@ -173,7 +178,9 @@ def build_dataset(
         settings = {"universe_as_of": universe_as_of, "max_gap_bars": max_gap_bars}
         dataset_id = _write(database, task, aside, fractions, purge, settings, on_progress)
         path = folder / dataset_id
-        if not path.exists():
+        if not _is_certified(path):
+            _certify(database, aside)
+            shutil.rmtree(path, ignore_errors=True)  # one of an older version: this one holds the same, and more
             aside.replace(path)
     dataset = load_dataset(path)
     replace_training_sequences(
@@ -183,7 +190,17 @@ def build_dataset(
 
 
 def load_dataset(path: Path) -> Dataset:
-    """A dataset folder, checked: sizes, finite windows, label reach across splits. Raises DataError where one fails."""
+    """A dataset folder, checked: sizes, finite windows, label reach across splits, its leak certificate.
+
+    Raises DataError where one of them fails, MissingInputError where a file or the certificate is not there.
+    """
+    dataset = _open(path)
+    _check(dataset)
+    return replace(dataset, certificate=read_certificate(path, dataset.fingerprint))
+
+
+def _open(path: Path) -> Dataset:
+    """What is in the folder, as it is."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         described = json.loads((path / "task.json").read_text(encoding="utf-8"))
@@ -191,7 +208,7 @@ def load_dataset(path: Path) -> Dataset:
         width = len(task.observed) + len(task.known)
         inputs = np.memmap(path / "inputs.f32", np.float32, "r", shape=(manifest["rows"], width))
         with np.load(path / "rows.npz") as rows, np.load(path / "index.npz") as index:
-            dataset = Dataset(
+            return Dataset(
                 path=path,
                 task=task,
                 scaler=Scaler.from_json(described["scaler"]),
@@ -205,8 +222,27 @@ def load_dataset(path: Path) -> Dataset:
         raise MissingInputError(f"dataset {path}: {error.filename} is not there; train again to build it") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(f"dataset {path} is damaged ({error}): delete the folder, then train again") from None
-    _check(dataset)
-    return dataset
+
+
+def _is_certified(path: Path) -> bool:
+    try:
+        read_certificate(path, _open(path).fingerprint)
+    except PerpcastError:
+        return False
+    return True
+
+
+def _certify(database: Database, aside: Path) -> None:
+    """Writes the certificate into the folder. Raises DataError where it does not pass."""
+    dataset = _open(aside)
+
+    def candles(symbol: str) -> CandleSeries:
+        times = dataset.open_time_ms[dataset.symbol == dataset.task.symbols.index(symbol)]
+        return read_candles(database, symbol, int(times[0]), int(times[-1]) + 1)
+
+    certificate = certify_dataset(dataset, candles)
+    refuse_failures(certificate, "the dataset", "run prepare_dataset.py again, then train; nothing of it was kept")
+    write_certificate(aside, certificate)
 
 
 def _check(dataset: Dataset) -> None:
@@ -273,7 +309,7 @@ def _write(
         )
     names = (*task.observed, *task.known)
     inputs = np.memmap(aside / "inputs.f32", np.float32, "r", shape=(sum(counts), len(names)))
-    scaler = Scaler.fit(inputs[_rows_inside(index["train"], task.lookback, len(inputs))], names)
+    scaler = Scaler.fit(inputs[rows_of_windows(index["train"], task.lookback, len(inputs))], names)
 
     declared = {
         **settings,
@@ -288,7 +324,6 @@ def _write(
         "windows": {name: len(ends) for name, ends in index.items()},
         "instants": {name: [format_time(s.first_ms), format_time(s.last_ms)] for name, s in split.spans.items()},
         "left_out": left_out,
-        "certificate": None,  # the leak certificate (DESIGN 8) has its place here
         **declared,
     }
     np.savez(aside / "rows.npz", **columns)
@@ -358,14 +393,6 @@ def _check_policy(symbol: str, candles: CandleSeries, returns: np.ndarray, task:
                 f"{symbol}: its labels were made with another exit policy than the configuration's; "
                 "run prepare_dataset.py again"
             )
-
-
-def _rows_inside(ends: np.ndarray, lookback: int, rows: int) -> np.ndarray:
-    """True for every row that lies in a window ending at one of `ends`: bool [rows]."""
-    steps = np.zeros(rows + 1, np.int64)
-    np.add.at(steps, ends - (lookback - 1), 1)
-    np.add.at(steps, ends + 1, -1)
-    return np.cumsum(steps[:-1]) > 0
 
 
 def _fingerprint(
