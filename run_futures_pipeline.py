@@ -20,13 +20,13 @@ import click
 import numpy as np
 import yaml
 
-from perpcast.command_line import ROOT, console, open_database, stage
+from perpcast.command_line import ROOT, console, open_database, show_table, stage
 from perpcast.config import Settings, load_settings
 from perpcast.errors import SetupError
 
 if TYPE_CHECKING:
     from perpcast.database import Database, ModelRecord
-    from perpcast.evaluation.report import PaperSession, RunReport
+    from perpcast.evaluation.report import PaperSession
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,20 @@ Examples:
 def main(settings: Settings, demo: bool) -> None:
     """Run every stage up to the exported model, skipping what is done."""
     if not demo:
-        run(settings, STAGES, market=f"Bybit {settings.exchange.environment}, survivor-biased: symbols chosen on "
-            f"{settings.data_download.universe_as_of}.")  # fmt: skip
+        run(settings, STAGES, market=None)
         return
     with demo_world(load_settings([*settings.files, ROOT / "config.demo.yaml"])) as demo_settings:
         market = "Synthetic market with a planted edge: this says nothing about real markets."
         run(demo_settings, (*STAGES, PAPER), market)
 
 
-def run(settings: Settings, stages: tuple[Stage, ...], market: str) -> None:
-    """The stages, then the summary table and the report."""
+def run(settings: Settings, stages: tuple[Stage, ...], market: str | None) -> None:
+    """The stages, then the summary and the report; `market` is what it says of where its numbers come from."""
     begun = time.monotonic()
     seconds = run_stages(settings, stages)
     with open_database(settings) as database:
-        report = make_report(settings, database, seconds, market)
-    from perpcast.evaluation.report import write_report
-
-    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{report.facts['model']}"
-    path = write_report(report, settings.path("reports", name))
-    summarize(report)
-    console.print(f"{market}\nall stages in {time.monotonic() - begun:.0f} s; report: {path}")
+        page = report(settings, database, seconds, market)
+    console.print(f"all stages in {time.monotonic() - begun:.0f} s; report: {page}")
     console.print("next: open the report in a browser; curves: tensorboard --logdir logs")
 
 
@@ -112,36 +106,42 @@ def run_script(settings: Settings, script: str, *options: str) -> None:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def make_report(settings: Settings, database: "Database", seconds: Mapping[Stage, float], market: str) -> "RunReport":
-    """What the run has to show, from what the stages stored."""
+def report(settings: Settings, database: "Database", seconds: Mapping[Stage, float], market: str | None) -> Path:
+    """Judges the newest model, shows it with the stages, and writes the page; returns its path."""
     from perpcast.database import read_models, read_row_counts
     from perpcast.evaluation import report
-    from perpcast.training.dataset import load_dataset
-    from perpcast.training.outcome import read_outcome
+    from perpcast.training.judgement import judge_model
+    from perpcast.training.run_report import tables, verdict_of, write_page
 
     model = read_models(database)[0]
-    dataset = load_dataset(settings.path("datasets", model.dataset_id))
-    outcome = read_outcome(database, dataset, model.model_id, settings.model.seed)
     counts = read_row_counts(database)
-    return report.RunReport(
-        title=f"Perpcast {model.model_id}",
-        market=market,
-        evaluation=outcome.evaluation,
-        choice=outcome.choice,
-        history=model.metrics["history"],
-        stages=tuple(
-            report.Stage(each.name, spent, counts[each.table] if each.table else None)
-            for each, spent in seconds.items()
-        ),
-        facts={
-            "model": model.model_id,
-            "dataset": model.dataset_id,
-            "fingerprint": model.dataset_fingerprint,
-            "code revision": model.code_revision or "unknown",
-            "universe as of": settings.data_download.universe_as_of,
-        },
-        reproduce="make demo" if PAPER in seconds else "python run_futures_pipeline.py",
-        paper=paper_session(settings, database, model) if PAPER in seconds else None,
+    stages = tuple(
+        report.Stage(each.name, spent, counts[each.table] if each.table else None) for each, spent in seconds.items()
+    )
+    with console.status("scoring, trading the test span"):
+        judgement = judge_model(settings, database, model.model_id, purpose="report", now=datetime.now(UTC))
+        paper = paper_session(settings, database, model) if PAPER in seconds else None
+        page = write_page(settings, database, judgement, market=market, stages=stages, paper=paper)
+    show_table(
+        ["stage", "rows", "seconds"],
+        [[each.name, "" if each.rows is None else f"{each.rows:,}", f"{each.seconds:.1f}"] for each in stages],
+    )
+    for titles, rows in tables(judgement):
+        show_table(titles, rows)
+    console.print(verdict_of(judgement))
+    if paper is not None:
+        console.print(paper_line(paper))
+    if market is not None:
+        console.print(market)
+    return page
+
+
+def paper_line(paper: "PaperSession") -> str:
+    """What the paper session came to."""
+    earned = float(paper.equity[-1]) - paper.initial if len(paper.equity) else 0.0
+    return (
+        f"paper session: {len(paper.equity)} bars, {len(paper.trades)} trades closed, {paper.open_positions} open, "
+        f"PnL {earned:+,.2f} USDT on {paper.initial:,.0f}"
     )
 
 
@@ -175,36 +175,6 @@ def paper_session(settings: Settings, database: "Database", model: "ModelRecord"
         trades=trades,
         open_positions=len(positions) - len(trades),
     )
-
-
-def summarize(report: "RunReport") -> None:
-    """The run in one table: rows and time per stage, scores against baselines, trades and what they earned."""
-    from rich.table import Column, Table
-
-    table = Table("stage", Column("rows", justify="right"), Column("seconds", justify="right"), title=report.title)
-    for each in report.stages:
-        table.add_row(each.name, "" if each.rows is None else f"{each.rows:,}", f"{each.seconds:.1f}")
-    console.print(table)
-    cards = report.evaluation.cards
-    scores = Table("test span", *(Column(card.name, justify="right") for card in cards))
-    for metric, title, form in (
-        ("rank_ic", "rank IC by day", "{:+.3f}"),
-        ("mae", "MAE", "{:.2%}"),
-        ("direction", "direction accuracy", "{:.1%}"),
-        ("trades", "trades above the threshold", "{:,.0f}"),
-        ("trade_return", "net return per trade", "{:+.2%}"),
-    ):
-        values = [card.scores[metric].value for card in cards]
-        scores.add_row(title, *(form.format(value) if np.isfinite(value) else "-" for value in values))
-    console.print(scores)
-    console.print(report.evaluation.verdict.sentence)
-    if report.paper is not None:
-        paper = report.paper
-        earned = float(paper.equity[-1]) - paper.initial if len(paper.equity) else 0.0
-        console.print(
-            f"paper session: {len(paper.equity)} bars, {len(paper.trades)} trades closed, {paper.open_positions} open, "
-            f"PnL {earned:+,.2f} USDT on {paper.initial:,.0f}"
-        )
 
 
 # --- the demo's world ------------------------------------------------------------------------------------------------

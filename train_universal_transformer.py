@@ -1,8 +1,9 @@
 """Trains one network for all symbols: python train_universal_transformer.py --task regression
 
 Reads config.yaml (dataset, model, risk_profile, fees) and `processed_market_data`; builds the dataset folder
-`datasets/<id>/`. Writes checkpoints, history and TensorBoard's events to logs/training_<model id>/, pictures to
-plots/<model id>/, the model bundle to trained_model/<model id>/, and rows of `model_metadata` and `model_predictions`.
+`datasets/<id>/`, with its leak certificate. Writes checkpoints, history and TensorBoard's events to
+logs/training_<model id>/, pictures to plots/<model id>/, the model bundle to trained_model/<model id>/, the report to
+reports/<model id>/, rows of `model_metadata` and `model_predictions`, and an event of the look at the test span.
 """
 
 import hashlib
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from perpcast.command_line import ROOT, console, open_database, progress_bar, stage
+from perpcast.command_line import ROOT, console, open_database, progress_bar, show_table, stage
 from perpcast.config import Settings
 from perpcast.errors import DataError, MissingInputError
 
 if TYPE_CHECKING:
     from perpcast.database import Database
+    from perpcast.evaluation.certificate import Certificate
     from perpcast.models.export import Exported
     from perpcast.training.card import Provenance
     from perpcast.training.dataset import Dataset
@@ -44,19 +46,22 @@ PICTURED_WINDOWS, EXPLAINED_WINDOWS = 4096, 512
     help="Go on from the last checkpoint of this very model, to the same result; or begin at its first epoch.",
 )
 @click.option("--force", is_flag=True, help="Train again, from the first epoch, even if this very model exists.")
+@click.option("--promote", is_flag=True, help="Then make it champion, where the evidence suffices.")
 @stage
-def main(settings: Settings, task: str, resume: bool, force: bool) -> None:
+def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool) -> None:
     """Train, test and export the Temporal Fusion Transformer of the configuration.
 
-    The same data and settings give the same model id; a training that was killed goes on under it.
+      The same data and settings give the same model id; a training that was killed goes on under it. At the end stand
+      its scores on the untouched test span, beside those of its baselines.
 
-    \b
-    Examples:
-      python train_universal_transformer.py --task regression       expected returns, with quantiles
-      python train_universal_transformer.py --task classification   calibrated probabilities of profit
-      python train_universal_transformer.py --force
-      python monitor_training.py                                    watch it in another terminal
-      tensorboard --logdir logs
+      \b
+      Examples:
+        python train_universal_transformer.py --task regression       expected returns, with quantiles
+        python train_universal_transformer.py --task classification   calibrated probabilities of profit
+        python train_universal_transformer.py --force
+        python train_universal_transformer.py --promote               then champion, if it clearly earns more
+        python monitor_training.py                                    watch it in another terminal
+        tensorboard --logdir logs
     """
     begun = time.monotonic()
     with open_database(settings) as database:
@@ -64,10 +69,12 @@ def main(settings: Settings, task: str, resume: bool, force: bool) -> None:
         model_id = name_of(dataset, settings)
         if not force and is_complete(settings, database, model_id):
             console.print(f"model {model_id} is trained and exported already (--force trains it again)")
-            return
-        outcome = train_and_export(settings, database, dataset, model_id, resume=resume and not force)
-    show_scores(outcome)
-    console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
+        else:
+            outcome = train_and_export(settings, database, dataset, model_id, resume=resume and not force)
+            judge(settings, database, model_id, outcome)
+            console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
+        if promote:
+            promote_model(settings, database, model_id)
     console.print("next: python live_runner.py --mode paper      curves: tensorboard --logdir logs")
 
 
@@ -128,17 +135,20 @@ def train_and_export(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from perpcast.database import ModelRecord, upsert_model
     from perpcast.training.card import Provenance
-    from perpcast.training.outcome import JUDGED, judge, store_predictions
+    from perpcast.training.outcome import JUDGED, store_predictions
+    from perpcast.training.outcome import judge as judge_predictions
 
     trained = train(settings, dataset, model_id, resume=resume)
     predicted = {split: trained.predict(dataset.index[split]) for split in JUDGED}
-    outcome = judge(dataset, predicted, settings.model.seed)
+    with console.status("fitting the baselines, scoring all on the same windows"):
+        outcome = judge_predictions(dataset, predicted, settings.model.seed)
+    certificate = certify(settings, dataset, trained, outcome, predicted["v2"])
     store_predictions(database, dataset, model_id, predicted)
     reproduce = f"python train_universal_transformer.py --task {dataset.task.targets[0].kind}"
     provenance = Provenance(model_id, code_revision(), datetime.now(UTC), reproduce)
     with console.status("exporting: ONNX, compared with Keras, timed"):
         exported = export(dataset, trained, outcome)
-        sha256 = save(settings, dataset, trained, outcome, exported, provenance)
+        sha256 = save(settings, dataset, trained, outcome, exported, certificate, provenance)
     scores = outcome.evaluation.to_json()
     model_scores = scores["scores"].pop("model")
     upsert_model(
@@ -179,6 +189,30 @@ def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool
     return trained.calibrated(dataset.index["v2"])
 
 
+def certify(
+    settings: Settings,
+    dataset: "Dataset",
+    trained: "Trained",
+    outcome: "Outcome",
+    predicted: Mapping[str, np.ndarray],
+) -> "Certificate":
+    """The model's leak certificate, from its predictions on V2; refused where it does not pass."""
+    from perpcast.training.certify import certify_model
+    from perpcast.training.windows import strided
+
+    certificate = certify_model(
+        dataset,
+        trained.reading,
+        outcome.choice.threshold,
+        predicted,
+        outcome.evaluation.model.scores["rank_ic"].value,
+        strided(dataset, dataset.index["train"], settings.model.window_stride),
+    )
+    if failures := certificate.failures():
+        raise DataError(f"the model is not certified ({'; '.join(failures)}): train it again with --force")
+    return certificate
+
+
 def export(dataset: "Dataset", trained: "Trained", outcome: "Outcome") -> "Exported":
     """The network as ONNX, which must decide as Keras does."""
     from perpcast.models.export import BATCHES, export_onnx
@@ -208,6 +242,7 @@ def save(
     trained: "Trained",
     outcome: "Outcome",
     exported: "Exported",
+    certificate: "Certificate",
     provenance: "Provenance",
 ) -> str:
     """Writes the bundle; returns the SHA-256 of its list of hashes."""
@@ -216,7 +251,7 @@ def save(
     from perpcast.training.dataset import spread
 
     rows = spread(dataset.index["test"], GOLDEN_WINDOWS)
-    card = describe(provenance, dataset, settings.model, outcome, exported)
+    card = describe(provenance, dataset, settings.model, outcome, exported, certificate)
     parts = BundleParts(
         model=exported.model,
         step=exported.step,
@@ -259,24 +294,30 @@ def show_epoch(epoch: int, values: Mapping[str, float]) -> None:
     )
 
 
-def show_scores(outcome: "Outcome") -> None:
-    """The scores beside the baselines', and what to believe."""
-    from perpcast.training.card import profit_rows, score_rows
+def judge(settings: Settings, database: "Database", model_id: str, outcome: "Outcome") -> None:
+    """Trades the new model on the test span, shows its scores and accounts, and writes the report."""
+    from perpcast.training.judgement import judge_model
+    from perpcast.training.run_report import tables, verdict_of, write_page
 
-    show_table(["test span", *(card.name for card in outcome.evaluation.cards)], score_rows(outcome))
-    if outcome.evaluation.profits:
-        show_table(["probability of profit", "model", "base rate"], profit_rows(outcome))
-    console.print(outcome.evaluation.verdict.sentence)
+    with console.status("trading the test span"):
+        judgement = judge_model(
+            settings, database, model_id, purpose="training", now=datetime.now(UTC), outcome=outcome
+        )
+        page = write_page(settings, database, judgement)
+    for titles, rows in tables(judgement):
+        show_table(titles, rows)
+    console.print(verdict_of(judgement))
+    console.print(f"report: {page}")
 
 
-def show_table(titles: list[str], rows: list[list[str]]) -> None:
-    """A table whose first column names things and whose others are numbers."""
-    from rich.table import Column, Table
+def promote_model(settings: Settings, database: "Database", model_id: str) -> None:
+    """Makes it champion; ends with the conditions that it lacks where the evidence does not suffice."""
+    from perpcast.training.judgement import gather_evidence
+    from perpcast.training.promotion import promote
 
-    table = Table(titles[0], *(Column(title, justify="right") for title in titles[1:]))
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    evidence = gather_evidence(settings, database, model_id)
+    before = promote(database, model_id, evidence, now=datetime.now(UTC))
+    console.print(f"{model_id} is the champion now" + (f", in place of {before}" if before else ""))
 
 
 def code_revision() -> str | None:

@@ -6,7 +6,7 @@ Exit codes: 0 done, 2 wrong use or configuration, 1 failed; the cause and the ne
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ import click
 from dotenv import dotenv_values
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from perpcast.config import Settings, load_settings
 from perpcast.database import (
@@ -56,6 +57,14 @@ def stage(function: Callable[..., None]) -> Callable[..., None]:
             function(settings=load_settings(config_paths), **options)
 
     return command
+
+
+def show_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose first column names things and whose others are numbers."""
+    table = Table(Column(titles[0], no_wrap=True), *(Column(title, justify="right") for title in titles[1:]))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _arm_kill_point() -> None:

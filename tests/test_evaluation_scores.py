@@ -1,20 +1,23 @@
-"""Splits, metrics, bootstrap, baselines, threshold and verdict, with the arithmetic beside the number."""
+"""Splits, scores beside baselines, slices and the verdict, with the arithmetic beside the number."""
 
 import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from perpcast.errors import MissingInputError
 from perpcast.evaluation import metrics
-from perpcast.evaluation.baselines import Baseline, Constant, LastSign
-from perpcast.evaluation.bootstrap import confidence_interval, stationary_draws, sums_by_day
-from perpcast.evaluation.scores import PROFIT_METRICS, Evaluation, Windows, baseline_forecasts, evaluate
+from perpcast.evaluation.scores import (
+    PROFIT_METRICS,
+    SLICE_SCORES,
+    Evaluation,
+    Windows,
+    daily_rank_ic,
+    evaluate,
+    volatility_regimes,
+)
 from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, split_by_time
-from perpcast.evaluation.threshold import choose_threshold, take_trades
 from perpcast.market import SIDES
 
 STEP = 900_000
@@ -41,15 +44,19 @@ def synthetic(edge: float, days: int = 30, symbols: int = 8, seed: int = 1) -> t
 
 
 def scored(edge: float, forecast_scale: float, days: int = 30) -> Evaluation:
+    """A forecast of the state beside a constant and one that is nothing but noise."""
     windows, state = synthetic(edge, days)
-    train, _ = synthetic(edge, days, seed=2)
-    rng = np.random.default_rng(3)
-    baselines: list[Baseline] = [
-        Constant.fit(train.realised),
-        LastSign.fit(train.realised, rng.normal(size=len(train))),
-    ]
     predicted = {"buy_mean": forecast_scale * state, "sell_mean": -forecast_scale * state}
-    return evaluate(windows, predicted, baseline_forecasts(baselines, rng.normal(size=len(windows))), 0.0, seed=7)
+    return evaluate(windows, predicted, trivial(windows), 0.0, seed=7)
+
+
+def trivial(windows: Windows) -> dict[str, dict[str, np.ndarray]]:
+    """Baselines that know nothing: what never earns, and two numbers by the toss of a coin."""
+    coin = np.random.default_rng(3).random(len(windows)) < 0.5
+    return {
+        "constant": {side: np.full(len(windows), -1e-4) for side in SIDES},
+        "coin": {side: np.where(coin, 1e-4, -1e-4) for side in SIDES},
+    }
 
 
 def test_split_by_time_leaves_more_than_the_purge_between_signal_bars() -> None:
@@ -89,237 +96,79 @@ def test_split_by_time_too_short_a_span_is_refused() -> None:
         split_by_time(0, 999 * STEP, STEP, FRACTIONS, purge=101)
 
 
-def test_errors_by_hand() -> None:
-    realised, predicted = np.array([1.0, 2.0, -3.0]), np.array([1.0, 0.0, 1.0])
-    assert metrics.mae(realised, predicted) == pytest.approx((0 + 2 + 4) / 3)
-    assert metrics.rmse(realised, predicted) == pytest.approx(np.sqrt((0 + 4 + 16) / 3))
-    assert metrics.r2(realised, predicted) == pytest.approx(1 - 20 / 14)  # mean 0: 1 + 4 + 9
-    assert metrics.direction_accuracy(realised, predicted) == pytest.approx(1 / 3)
-    assert metrics.pinball_loss(realised, predicted, 0.75) == pytest.approx((0 + 0.75 * 2 + 0.25 * 4) / 3)
-    assert np.isnan(metrics.r2(np.ones(3), predicted))
+# --- the verdict ----------------------------------------------------------------------------------------------------
 
 
-def test_quantile_coverage_sees_both_edges_of_an_atom() -> None:
-    realised = np.array([-1.0, -1.0, -1.0, 2.0])
-    assert metrics.quantile_coverage(realised, np.full(4, -1.0)) == (0.0, 0.75)
+@pytest.mark.parametrize(
+    ("edge", "forecast_scale", "days", "level", "words"),
+    [
+        (0.5, 0.005, 30, "better", "Edge found: the model beats every baseline"),
+        (0.5, 0.05, 30, "ranks", "Edge in ranking only: "),  # the right order, ten times too large
+        (0.0, 0.002, 30, "none", "No edge found: the model is not better than its baselines"),
+        (0.5, 0.005, 6, "none", "No edge found: too few days"),
+    ],
+)
+def test_verdict_begins_with_what_to_believe(
+    edge: float, forecast_scale: float, days: int, level: str, words: str
+) -> None:
+    verdict = scored(edge, forecast_scale, days).verdict
+    assert verdict.level == level
+    assert verdict.sentence.startswith(words)
 
 
-def test_rank_ic_by_day_ties_and_small_bars() -> None:
-    times = np.array([0, 0, 0, STEP, STEP, STEP, DAY, DAY])
-    symbol = np.array([0, 1, 2, 0, 1, 2, 0, 1])
-    realised = np.array([1.0, 2.0, 3.0, 1.0, 2.0, 2.0, 5.0, 6.0])
-    predicted = np.array([10.0, 20.0, 30.0, 1.0, 3.0, 2.0, 5.0, 6.0])
-    # Bar 0: 1. Bar 1: ranks (1, 2.5, 2.5) against (1, 3, 2): 1.5 / sqrt(1.5 x 2). Day 1 has two symbols only.
-    daily = metrics.rank_ic_by_day(realised, predicted, symbol, times)
-    assert daily.index.tolist() == [0]
-    assert daily[0] == pytest.approx((1 + 1.5 / np.sqrt(3)) / 2)
-    assert metrics.rank_ic_by_day(realised, np.ones(8), symbol, times).empty
+def against(others: dict[str, float], scale: float = 0.005, edge: float = 0.5) -> Evaluation:
+    """The forecast of the state beside others of the same state, each with its own scale."""
+    windows, state = synthetic(edge)
+    baselines = {name: {"buy": each * state, "sell": -each * state} for name, each in others.items()}
+    return evaluate(windows, {"buy_mean": scale * state, "sell_mean": -scale * state}, baselines, 0.0, seed=7)
 
 
-def test_rank_ic_by_symbol_constant_forecast_has_none() -> None:
-    values = metrics.rank_ic_by_symbol(
-        np.array([1.0, 2.0, 3.0, 1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0, 5.0, 5.0, 5.0]), np.repeat([0, 1], 3)
-    )
-    assert values[0] == pytest.approx(-1)
-    assert np.isnan(values[1])
+def test_verdict_one_baseline_as_good_is_enough_for_no_edge() -> None:
+    """It beats the constant by far; beside its own double nothing is won, on any of the drawn days."""
+    evaluation = against({"constant": 0.0, "double": 0.005})
+    assert evaluation.verdict.level == "none"
+    assert evaluation.verdict.sentence.startswith("No edge of its own: the model ranks trades better than chance, but not")
+    assert "double" in evaluation.verdict.sentence
+    assert evaluation.gains_over["constant"]["squared_error_saved"].lower > 0.1
+    assert evaluation.gains_over["constant"]["rank_ic_won"].lower > 0.2
+    for gain in evaluation.gains_over["double"].values():
+        assert (gain.value, gain.lower, gain.upper) == (0, 0, 0)
+    assert evaluation.gains == evaluation.gains_over["double"]
 
 
-def test_calls_by_hand() -> None:
-    """Called are the first three, of which two earned; three earned in all."""
-    profit = np.array([True, True, False, True, False])
-    probability = np.array([0.9, 0.6, 0.51, 0.5, 0.1])
-    # Right: calls 1 and 2, no call 5. F1 is the harmonic mean of 2/3 and 2/3.
-    expected = {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
-    assert metrics.classified(profit, probability) == pytest.approx(expected)
-    # Above 0.55 two calls, both right: precision 1, recall 2/3, F1 2 x 2 / (2 + 3).
-    expected = {"accuracy": 4 / 5, "precision": 1, "recall": 2 / 3, "f1": 4 / 5}
-    assert metrics.classified(profit, probability, cut=0.55) == pytest.approx(expected)
+def test_verdict_accurate_where_all_rank_alike() -> None:
+    evaluation = against({"too large": 0.02})
+    assert evaluation.verdict.sentence.startswith("Edge in accuracy only: ")
 
 
-def test_calls_that_are_never_made_have_no_precision() -> None:
-    never = metrics.classified(np.array([True, False, False, False]), np.full(4, 0.25))
-    assert never == pytest.approx({"accuracy": 3 / 4, "precision": np.nan, "recall": 0, "f1": 0}, nan_ok=True)
-    nothing = metrics.classified(np.zeros(4, bool), np.full(4, 0.25))
-    assert nothing == pytest.approx({"accuracy": 1, "precision": np.nan, "recall": np.nan, "f1": np.nan}, nan_ok=True)
+def test_gains_are_the_smallest_over_the_baselines_and_none_is_won_on_one_that_ranks_backwards() -> None:
+    evaluation = against({"backwards": -0.005, "constant": 0.0, "flat": 0.001})
+    for name, gain in evaluation.gains.items():
+        assert gain.value == min(gains[name].value for gains in evaluation.gains_over.values())
+    # Nobody would follow a forecast that ranks backwards: what is won on it is what is won on nothing.
+    over = evaluation.gains_over
+    assert over["backwards"]["rank_ic_won"].value == over["constant"]["rank_ic_won"].value > 0.2
+    # 0.005 s + 0.01 e against 0.001 s: errors 0.01 e alone against 0.01 e + 0.004 s, so 16 in 116 are saved.
+    assert over["flat"]["squared_error_saved"].value == pytest.approx(0.16 / 1.16, abs=0.03)
 
 
-def test_probabilities_by_hand() -> None:
-    profit, probability = np.array([True, False, True]), np.array([0.8, 0.4, 0.5])
-    assert metrics.brier(profit, probability) == pytest.approx((0.04 + 0.16 + 0.25) / 3)
-    assert metrics.log_loss(profit, probability) == pytest.approx(-np.log(0.8 * 0.6 * 0.5) / 3)
-    # Pairs (0.8, 0.4) and (0.5, 0.4), both in order; a tie is half a pair.
-    assert metrics.auc(profit, probability) == 1
-    assert metrics.auc(profit, np.array([0.8, 0.5, 0.5])) == pytest.approx(1.5 / 2)
-    assert metrics.auc(profit, np.array([0.1, 0.4, 0.4])) == pytest.approx(0.5 / 2)
-    assert np.isnan(metrics.auc(np.ones(3, bool), probability))
-    # A float32 that was rounded to 1 and was wrong is no more certain than a float32 can be.
-    assert metrics.log_loss(np.array([False]), np.ones(1, np.float32)) == pytest.approx(23 * np.log(2))
-
-
-pairs = st.lists(st.tuples(st.booleans(), st.integers(0, 8)), min_size=2, max_size=40)
-
-
-@given(pairs)
-def test_auc_is_the_share_of_pairs_in_order(drawn: list[tuple[bool, int]]) -> None:
-    profit, probability = np.array([won for won, _ in drawn]), np.array([eighths / 8 for _, eighths in drawn])
-    wins, losses = probability[profit], probability[~profit]
-    if len(wins) and len(losses):
-        order = np.sign(wins[:, None] - losses[None])
-        assert metrics.auc(profit, probability) == pytest.approx(((order + 1) / 2).mean())
-
-
-def test_calibration_bins_by_hand() -> None:
-    """Ten windows in five bins of two; the upper half is given 0.9 and shares one bin."""
-    probability = np.array([0.05, 0.15, 0.2, 0.3, 0.4, 0.9, 0.9, 0.9, 0.9, 0.9])
-    profit = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 1], bool)
-    bins = metrics.calibration_bins(profit, probability, bins=5)
-    # Edges at the quantiles 0.2, 0.4, 0.6, 0.8 of 10 values: 0.19, 0.36, 0.9, 0.9.
-    assert [row["count"] for row in bins] == [2, 2, 1, 5]
-    assert [row["predicted"] for row in bins] == pytest.approx([0.1, 0.25, 0.4, 0.9])
-    assert [row["realised"] for row in bins] == pytest.approx([0, 0.5, 1, 0.8])
-
-
-@given(pairs)
-def test_calibration_bins_hold_every_window_once(drawn: list[tuple[bool, int]]) -> None:
-    profit, probability = np.array([won for won, _ in drawn]), np.array([eighths / 8 for _, eighths in drawn])
-    bins = metrics.calibration_bins(profit, probability)
-    count = np.array([row["count"] for row in bins])
-    assert count.sum() == len(drawn)
-    assert count @ [row["predicted"] for row in bins] == pytest.approx(probability.sum())
-    assert count @ [row["realised"] for row in bins] == pytest.approx(profit.sum())
-    assert (np.diff([row["predicted"] for row in bins]) > 0).all()
-
-
-def test_sums_by_day_keep_empty_days() -> None:
-    assert sums_by_day(np.array([5, 5, 7]), np.array([1.0, 2.0, 4.0])).tolist() == [[3.0], [0.0], [4.0]]
-
-
-def test_stationary_draws_have_blocks_of_the_asked_mean_length() -> None:
-    draws = stationary_draws(200, 5, 500, np.random.default_rng(1))
-    follows = (draws[:, 1:] - draws[:, :-1]) % 200 == 1
-    # A block goes on with probability 4/5, and a new one starts by chance at the following day with 1/200.
-    assert follows.mean() == pytest.approx(0.8 + 0.2 / 200, abs=0.005)
-    assert np.bincount(draws.ravel(), minlength=200).std() < 0.1 * draws.size / 200
-
-
-def test_confidence_interval_covers_the_truth_where_days_depend_on_each_other() -> None:
-    """Weekly-persistent days: blocks of a day are too narrow, blocks of 15 cover about as often as they say."""
-
-    def covered(mean_block: float) -> float:
-        hits = 0
-        for seed in range(120):
-            rng = np.random.default_rng(seed)
-            shocks = rng.normal(size=407)
-            days = np.convolve(shocks, np.ones(7), mode="valid")[:400]
-            sums = np.stack([days, np.ones(400)], axis=1)
-            lower, upper = confidence_interval(
-                sums, lambda s: s[..., 0] / s[..., 1], rng, mean_block=mean_block, replicates=300
-            )
-            hits += lower <= 0 <= upper
-        return hits / 120
-
-    assert covered(1) < 0.65
-    assert covered(15) > 0.85
-
-
-def test_confidence_interval_too_few_days_is_undefined() -> None:
-    sums = np.ones((9, 2))
-    assert np.isnan(confidence_interval(sums, lambda s: s[..., 0], np.random.default_rng(1))).all()
-
-
-def test_baselines_by_hand() -> None:
-    realised = {"buy": np.array([1.0, 2.0, 6.0]), "sell": np.array([0.0, 0.0, 3.0])}
-    change = np.array([-0.1, -0.2, 0.3])
-    assert Constant.fit(realised).predict(change)["buy"].tolist() == [3.0, 3.0, 3.0]
-    last_sign = LastSign.fit(realised, change)
-    # After a fall (1 + 2) / 2, after a rise 6, no change never occurred: the mean 3.
-    assert last_sign.predict(np.array([-1.0, 0.0, 1.0]))["buy"].tolist() == [1.5, 3.0, 6.0]
-
-
-def test_take_trades_one_position_per_symbol_and_the_better_side() -> None:
-    times = np.arange(6) * STEP
-    symbol = np.zeros(6, int)
-    predicted = {"buy": np.array([2.0, 9, 9, 0, 1, 3]), "sell": np.array([1.0, 0, 0, 4, 1, 0])}
-    realised = {"buy": np.arange(6.0), "sell": -np.arange(6.0)}
-    held = {"buy": np.full(6, 3), "sell": np.full(6, 1)}
-    trades = take_trades(predicted, realised, held, symbol, times, STEP, threshold=0.5)
-    # Buy at 0 ends inside bar 3 and may enter on its signal: sell at 3, ends in 4; there a tie, buy first, ends in 7.
-    assert trades.row.tolist() == [0, 3, 4]
-    assert trades.side.tolist() == [0, 1, 0]
-    assert trades.earned.tolist() == [0.0, -3.0, 4.0]
-
-
-@pytest.mark.parametrize("threshold", [9.0, 10.0])
-def test_take_trades_nothing_above_the_threshold(threshold: float) -> None:
+def test_evaluate_without_a_baseline_or_a_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one baseline"):
+        against({})
     windows, _ = synthetic(0.5, days=1)
-    predicted: dict[str, np.ndarray] = {side: np.full(len(windows), 9.0) for side in SIDES}
-    trades = take_trades(
-        predicted, windows.realised, windows.bars_held, windows.symbol, windows.open_time_ms, STEP, threshold
-    )
-    assert len(trades) == 0
+    with pytest.raises(ValueError, match="no windows"):
+        evaluate(windows[np.array([], int)], {}, trivial(windows), 0.0, seed=1)
 
 
-def test_take_trades_symbols_do_not_hinder_each_other_in_any_row_order() -> None:
-    windows, state = synthetic(0.5, days=3)
-    shuffled = np.random.default_rng(5).permutation(len(windows))
-    results = []
-    for rows in (np.arange(len(windows)), shuffled):
-        part = windows[rows]
-        predicted = {"buy": state[rows], "sell": -state[rows]}
-        trades = take_trades(predicted, part.realised, part.bars_held, part.symbol, part.open_time_ms, STEP, 0.3)
-        results.append((part.open_time_ms[trades.row], part.symbol[trades.row], trades.earned))
-    for left, right in zip(*results, strict=True):
-        assert np.array_equal(left, right)
-
-
-def test_choose_threshold_takes_what_earned_most_and_never_a_trade_expected_to_lose() -> None:
-    windows, state = synthetic(0.8)
-    predicted = {"buy": state - 0.5, "sell": -state - 0.5}
-    choice = choose_threshold(
-        predicted, windows.realised, windows.bars_held, windows.symbol, windows.open_time_ms, STEP
-    )
-    assert choice.threshold >= 0
-    enough = [point.total_return for point in choice.curve if point.trades >= 30]
-    assert choice.chosen.total_return == max(enough)
-    again = take_trades(
-        predicted, windows.realised, windows.bars_held, windows.symbol, windows.open_time_ms, STEP, choice.threshold
-    )
-    assert (len(again), again.earned.sum()) == (choice.chosen.trades, pytest.approx(choice.chosen.total_return))
-
-
-def test_choose_threshold_nothing_expected_to_earn_stays_at_zero() -> None:
-    windows, _ = synthetic(0.0, days=2)
-    predicted: dict[str, np.ndarray] = {side: np.full(len(windows), -0.001) for side in SIDES}
-    choice = choose_threshold(
-        predicted, windows.realised, windows.bars_held, windows.symbol, windows.open_time_ms, STEP
-    )
-    assert (choice.threshold, choice.chosen.trades) == (0.0, 0)
-    assert choice.to_json()["chosen"]["mean_return"] is None
-
-
-def test_evaluate_planted_edge_is_found() -> None:
-    evaluation = scored(edge=0.5, forecast_scale=0.005)
-    assert evaluation.verdict.level == "better"
-    assert evaluation.model.scores["rank_ic"].lower > 0.2
-    assert evaluation.gains["squared_error_saved"].lower > 0
-
-
-def test_evaluate_right_order_on_a_wrong_scale_ranks_only() -> None:
-    evaluation = scored(edge=0.5, forecast_scale=0.05)
-    assert evaluation.verdict.level == "ranks"
-    assert "no more accurate" in evaluation.verdict.sentence
-
-
-def test_evaluate_no_edge_says_so_first() -> None:
-    evaluation = scored(edge=0.0, forecast_scale=0.002)
-    assert evaluation.verdict.sentence.startswith("The model is not better than its baselines.")
-
-
-def test_evaluate_a_short_span_has_no_intervals_and_no_claim() -> None:
+def test_evaluate_a_short_span_has_no_intervals() -> None:
     evaluation = scored(edge=0.5, forecast_scale=0.005, days=6)
-    assert evaluation.verdict.sentence.startswith("Too few days")
     assert np.isnan(evaluation.model.scores["rank_ic"].lower)
-    assert evaluation.to_json()["scores"]["model"]["rank_ic"]["lower"] is None
+    described = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert described["scores"]["model"]["rank_ic"]["lower"] is None
+    assert described["deciles"]["buy"][0]["lower"] is None
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_points_equal_the_plain_metrics() -> None:
@@ -333,17 +182,140 @@ def test_evaluate_points_equal_the_plain_metrics() -> None:
     assert scores["direction"].value == pytest.approx(metrics.direction_accuracy(realised, predicted))
 
 
+def test_every_forecast_is_traded_by_its_own_threshold() -> None:
+    """All forecast 0.5 % times the state: above 0 % about every other window is worth a buy, above 0.5 % a sixth."""
+    windows, state = synthetic(0.5)
+    means = {"buy": 0.005 * state, "sell": np.full(len(state), -1.0)}
+    baselines = {"own": means, "model's": means}
+    predicted = {f"{side}_mean": values for side, values in means.items()}
+    evaluation = evaluate(windows, predicted, baselines, 0.0, seed=1, thresholds={"own": 0.005})
+    model, own, models = (card.trades for card in evaluation.cards)
+    assert np.array_equal(model.row, models.row)
+    assert state[model.row].min() > 0
+    assert state[own.row].min() > 1
+    assert 0 < len(own) < 0.5 * len(model)
+    assert evaluation.threshold == 0
+
+
+# --- slices and deciles ---------------------------------------------------------------------------------------------
+
+
+def test_slices_by_hand() -> None:
+    """Two symbols on the last bar of January 2024 and the first of February; errors and sides counted by hand."""
+    last = 1_706_744_700_000  # 2024-01-31 23:45
+    windows = Windows(
+        ("AUSDT", "BUSDT"),
+        np.array([0, 0, 1, 1]),
+        np.array([last, last + STEP] * 2),
+        {"buy": np.array([0.03, -0.01, -0.02, 0.04]), "sell": np.array([-0.01, -0.01, 0.02, -0.02])},
+        {side: np.ones(4, int) for side in SIDES},
+        STEP,
+    )
+    predicted = {"buy_mean": np.array([0.01, 0.01, -0.01, -0.01]), "sell_mean": np.array([-0.01, -0.01, 0.01, -0.01])}
+    constant: dict[str, np.ndarray] = {side: np.zeros(4) for side in SIDES}
+    slices = evaluate(windows, predicted, {"constant": constant}, 0.0, seed=1, regime=np.array([0, 2, 0, 2])).slices
+    # A buys at 3 % and -1 % (forecast 1 %): errors 2 and 2 %; its sells 0 and 0: mean 1 %. Right: 1 of 2, and 2 of 2.
+    # B: buys -2 and 4 % (forecast -1 %): 1 and 5 %; sells 2 and -2 % (1 and -1 %): 1 and 1 %. Right: 1 of 2; 2 of 2.
+    # B sells first at 2 %, then both sides are forecast alike: a buy, 4 %.
+    a, b = slices["symbol"]["AUSDT"], slices["symbol"]["BUSDT"]
+    assert list(a) == list(SLICE_SCORES)
+    assert [a[name] for name in ("windows", "mae", "direction", "side_return")] == pytest.approx([2, 0.01, 0.75, 0.01])
+    assert [b[name] for name in ("windows", "mae", "direction", "side_return")] == pytest.approx([2, 0.02, 0.75, 0.03])
+    # Errors of January: 2, 0, 1, 1 %; of February: 2, 0, 5, 1 %. No bar has three symbols to rank.
+    january, february = slices["month"]["2024-01"], slices["month"]["2024-02"]
+    assert [january[name] for name in ("windows", "mae", "side_return")] == pytest.approx([2, 0.01, 0.025])
+    assert [february[name] for name in ("windows", "mae", "side_return")] == pytest.approx([2, 0.02, 0.015])
+    assert np.isnan([january["rank_ic"], february["rank_ic"]]).all()
+    assert list(slices["regime"]) == ["low", "high"]
+    for regime, month in (("low", january), ("high", february)):
+        assert {n: v for n, v in slices["regime"][regime].items() if v == v} == {
+            n: v for n, v in month.items() if v == v
+        }
+
+
+def test_slices_tell_where_a_forecast_ranks() -> None:
+    """The forecast is the state in the middle regime, and noise elsewhere: its rank IC is there, and nowhere else."""
+    windows, state = synthetic(1.0, days=40)
+    rng = np.random.default_rng(4)
+    regime = np.repeat(rng.integers(0, 3, 40 * 96), 8)  # one of each bar
+    guess = 0.01 * np.where(regime == 1, state, rng.normal(size=len(state)))
+    predicted = {"buy_mean": guess, "sell_mean": -guess}
+    evaluation = evaluate(windows, predicted, trivial(windows), 0.0, seed=1, regime=regime)
+    rank_ic = {name: found["rank_ic"] for name, found in evaluation.slices["regime"].items()}
+    assert rank_ic["middle"] > 0.5
+    assert max(abs(rank_ic["low"]), abs(rank_ic["high"])) < 0.05
+
+
+def test_slices_add_up_to_the_whole() -> None:
+    evaluation = scored(edge=0.3, forecast_scale=0.003, days=40)
+    daily = daily_rank_ic(evaluation.windows, {side: evaluation.predicted[f"{side}_mean"] for side in SIDES})
+    for kind in ("symbol", "month"):
+        found = evaluation.slices[kind].values()
+        count = np.array([each["windows"] for each in found])
+        assert count.sum() == len(evaluation.windows)
+        for name in ("mae", "direction"):
+            mean = count @ [each[name] for each in found] / count.sum()
+            assert mean == pytest.approx(evaluation.model.scores[name].value)
+    ranks = {symbol: found["rank_ic"] for symbol, found in evaluation.slices["symbol"].items()}
+    assert ranks == evaluation.model.by_symbol_ic
+    # Day 20,000 is 2024-10-04: 28 days of October, then 12 of November.
+    assert list(evaluation.slices["month"]) == ["2024-10", "2024-11"]
+    assert evaluation.slices["month"]["2024-10"]["rank_ic"] == pytest.approx(daily[:28].mean())
+    assert evaluation.slices["month"]["2024-11"]["rank_ic"] == pytest.approx(daily[28:].mean())
+    assert "regime" not in evaluation.slices
+
+
+def test_volatility_regimes_are_thirds_of_each_symbols_own_training() -> None:
+    """Edges of 0 … 9 at 3 and 6, of ten times that at 30 and 60."""
+    trained, trained_symbol = np.concatenate([np.arange(10.0), 10 * np.arange(10.0)]), np.repeat([0, 1], 10)
+    volatility, symbol = np.array([2.9, 3.1, 6.1, 29, 31, 61]), np.repeat([0, 1], 3)
+    assert volatility_regimes(volatility, symbol, trained, trained_symbol).tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_deciles_are_expected_beside_realised() -> None:
+    """A forecast of the state as large as its effect: each tenth earns what was expected, within its interval."""
+    evaluation = scored(edge=0.5, forecast_scale=0.005, days=60)
+    for side in SIDES:
+        rows, realised = evaluation.deciles[side], evaluation.windows.realised[side]
+        predicted = evaluation.predicted[f"{side}_mean"]
+        # The state lasts 48 bars: ties share a tenth.
+        assert [row["count"] for row in rows] == pytest.approx([len(realised) / 10] * 10, rel=0.05)
+        assert (np.diff([row["predicted"] for row in rows]) > 0).all()
+        top = predicted >= np.quantile(predicted, 0.9)
+        assert rows[-1]["realised"] == pytest.approx(realised[top].mean())
+        within = [row["lower"] <= row["predicted"] <= row["upper"] for row in rows]
+        assert sum(within) >= 8
+        count = np.array([row["count"] for row in rows])
+        assert count @ [row["realised"] for row in rows] == pytest.approx(realised.sum())
+
+
+def test_deciles_never_tell_equal_forecasts_apart() -> None:
+    assert [len(rows) for rows in scored(edge=0.5, forecast_scale=0.0).deciles.values()] == [1, 1]
+
+
+# --- probabilities --------------------------------------------------------------------------------------------------
+
+
 def classified(edge: float, sharpness: float) -> Evaluation:
     """Probabilities sigmoid(sharpness x state), payoffs +- 1 %; a fifth of the training trades are said to have won."""
     windows, state = synthetic(edge)
-    baselines: list[Baseline] = [Constant.fit(windows.realised)]
     predicted: dict[str, np.ndarray] = {}
     for side, sign in (("buy", 1), ("sell", -1)):
         probability = 1 / (1 + np.exp(-sign * sharpness * state))
         predicted[f"{side}_profit_probability"] = probability.astype(np.float32)
         predicted[f"{side}_mean"] = 0.02 * probability - 0.01
-    forecasts = baseline_forecasts(baselines, np.zeros(len(windows)))
-    return evaluate(windows, predicted, forecasts, 0.0, seed=7, base_rates={"buy": 0.2, "sell": 0.2})
+    half: dict[str, np.ndarray] = {
+        side: 0.25 + 0.5 * predicted[f"{side}_profit_probability"].astype(float) for side in SIDES
+    }
+    return evaluate(
+        windows,
+        predicted,
+        trivial(windows),
+        0.0,
+        seed=7,
+        base_rates={"buy": 0.2, "sell": 0.2},
+        probabilities={"half as sure": half, "coin": {side: np.full(len(windows), 0.5) for side in SIDES}},
+    )
 
 
 def test_evaluate_probabilities_beside_the_base_rate() -> None:
@@ -354,6 +326,14 @@ def test_evaluate_probabilities_beside_the_base_rate() -> None:
         profit = evaluation.windows.realised[side] > 0
         probability = evaluation.predicted[f"{side}_profit_probability"]
         assert list(found.scores) == list(found.base) == list(PROFIT_METRICS)
+        half, coin = found.baselines["half as sure"], found.baselines["coin"]
+        assert list(half) == list(coin) == list(PROFIT_METRICS)
+        # The same order, and the same calls above one half: only how sure they are differs.
+        assert {name: half[name] for name in ("auc", "accuracy", "f1")} == pytest.approx(
+            {name: found.scores[name] for name in ("auc", "accuracy", "f1")}
+        )
+        assert half["brier"] > found.scores["brier"]
+        assert (coin["auc"], coin["brier"], coin["log_loss"]) == pytest.approx((0.5, 0.25, np.log(2)))
         assert found.scores["auc"] > 0.75
         assert found.scores["log_loss"] == pytest.approx(metrics.log_loss(profit, probability))
         assert found.scores["log_loss"] < found.base["log_loss"]
@@ -380,5 +360,6 @@ def test_evaluation_of_probabilities_is_plain_json_and_that_of_returns_has_none(
     assert buy["base"]["precision"] is None  # nothing is called at a rate of 0.2
     assert buy["base_rate"] == 0.2
     assert set(buy["scores"]) == set(PROFIT_METRICS)
+    assert buy["baselines"]["coin"]["precision"] is None
     assert set(buy["calibration"][0]) == {"count", "predicted", "realised"}
     assert scored(edge=0.3, forecast_scale=0.003).to_json()["profits"] == {}

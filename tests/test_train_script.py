@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from sqlalchemy.engine import make_url
 
 from perpcast.bundle import FILES, SUMS, Bundle, load_bundle
 from perpcast.config import Settings, load_settings
-from perpcast.database import Database, read_models, upsert_candles
+from perpcast.database import Database, read_models, upsert_candles, upsert_instruments
 from perpcast.exit_policy import ExitPolicy
 from perpcast.live.forecast import check_model
 from perpcast.market import SIDES
 from perpcast.prepare import prepare
+from perpcast.simulator.instruments import instrument_of
 from perpcast.training.dataset import Dataset, load_dataset
 from perpcast.training.outcome import read_outcome
 from tests.live_bundle import make_model
@@ -37,6 +39,7 @@ SHAPE = {"sequence_length": 12, "prediction_horizon": 20, "d_model": 4, "num_hea
 # XLA takes longer to compile than all the rest of so small a training.
 TRAINING = {"epochs": 2, "samples_per_epoch": 512, "batch_size": 64, "xla": False, "pictures_every": 1}
 STEPS = 512 // 64  # of an epoch
+WALKED = datetime(2025, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -90,6 +93,7 @@ def fill(database: Database, settings: Settings) -> None:
     """Random walks, prepared by the exit policy of the settings."""
     for seed, symbol in enumerate(SYMBOLS, 1):
         upsert_candles(database, symbol, walk(BARS, seed))
+    upsert_instruments(database, [instrument_of(symbol, walk(BARS, 1)) for symbol in SYMBOLS], WALKED)
     horizon = settings.model.prediction_horizon
     policies = {side: ExitPolicy.from_config(settings.risk_profile, settings.fees, side, horizon) for side in SIDES}
     prepare(database, SYMBOLS, settings.data_download.interval, policies)

@@ -9,10 +9,12 @@ from sqlalchemy import text
 
 from perpcast.database import Database, read_predictions
 from perpcast.errors import MissingInputError
+from perpcast.evaluation.baselines import Ridge
 from perpcast.outputs import OutputReading
 from perpcast.task import Target
+from perpcast.training.card import profit_rows, profit_titles, score_rows
 from perpcast.training.dataset import Dataset
-from perpcast.training.outcome import JUDGED, Outcome, judge, read_outcome, store_predictions
+from perpcast.training.outcome import JUDGED, Outcome, baseline_inputs, judge, read_outcome, store_predictions
 from tests.model_world import HORIZON, TASK, small_dataset
 
 Predicted = dict[str, dict[str, np.ndarray]]
@@ -97,8 +99,27 @@ def test_threshold_does_not_know_other_labels_than_those_of_v2(
     changed = with_labels(known, split, -7 * known.expected_return[known.index[split], 1])
     before, after = (judge(each, predicted, seed=1) for each in (known, changed))
     assert before.choice == after.choice
-    # V1 stops the training and enters no score; train moves the baselines, test all scores.
-    assert (before.evaluation.to_json() == after.evaluation.to_json()) == (split == "v1")
+    # Train and V1 are what the baselines are made of, and no score of the model; test enters all scores.
+    model, same = (each.evaluation.to_json()["scores"]["model"] for each in (before, after))
+    assert (model == same) == (split != "test")
+    assert before.evaluation.to_json() != after.evaluation.to_json()
+
+
+def test_thresholds_of_the_baselines_are_chosen_on_v2_each_its_own(dataset: Dataset, predicted: Predicted) -> None:
+    """Ridge forecasts the planted level: only above 1 % do buys of V2 earn, and it is not the model's business."""
+    inputs = baseline_inputs(dataset)
+    ridge = Ridge.fit(inputs)
+    forecast = ridge.predict(inputs, "v2")["buy"]
+    changed = with_labels(dataset, "v2", np.where(forecast > 0.01, 0.01, -0.01))
+    changed.expected_return[dataset.index["v2"], 1] = -0.01
+    before, after = judge(dataset, predicted, seed=1), judge(changed, predicted, seed=1)
+    assert list(after.thresholds) == list(after.baselines) == ["constant", "last sign", "ridge", "boosted trees"]
+    assert after.thresholds["ridge"] == pytest.approx(0.01, abs=0.002)
+    assert after.thresholds["ridge"] not in (before.thresholds["ridge"], after.choice.threshold)
+    np.testing.assert_array_equal(after.baselines["ridge"]["buy"], ridge.predict(inputs, "test")["buy"])
+    trades = next(card.trades for card in after.evaluation.cards if card.name == "ridge")
+    best = np.maximum(*(after.baselines["ridge"][side] for side in ("buy", "sell")))
+    assert len(trades) == (best > after.thresholds["ridge"]).sum()  # each ends on the next bar: all can be traded
 
 
 def test_threshold_does_not_know_the_forecasts_of_test(dataset: Dataset, predicted: Predicted) -> None:
@@ -123,7 +144,7 @@ def long_dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def test_perfect_forecast_beats_the_baselines(long_dataset: Dataset) -> None:
     evaluation = judge(long_dataset, of_every_window(long_dataset), seed=1).evaluation
-    assert [card.name for card in evaluation.cards] == ["model", "constant", "last sign"]
+    assert [card.name for card in evaluation.cards] == ["model", "constant", "last sign", "ridge", "boosted trees"]
     assert evaluation.verdict.level == "better"
     assert evaluation.gains["squared_error_saved"].value == pytest.approx(1)
     scores = evaluation.model.scores
@@ -183,11 +204,33 @@ def test_probabilities_are_judged_as_returns_and_as_probabilities(
     for side, scores in evaluation.profits.items():
         assert scores.base_rate == np.mean(train[side] > 0) != np.mean(test[side] > 0)
         assert scores.scores["auc"] > 0.9
+        # Ridge knows the level as well, and its returns become probabilities on V2; a constant only has V2's base rate.
+        assert list(scores.baselines) == ["constant", "last sign", "ridge", "boosted trees"]
+        assert scores.baselines["ridge"]["auc"] > 0.9
+        assert scores.baselines["ridge"]["log_loss"] < 0.6 * scores.base["log_loss"]
+        won = np.mean(classifier.windows("v2").realised[side] > 0)
+        share = np.mean(test[side] > 0)
+        assert scores.baselines["constant"]["brier"] == pytest.approx(
+            share * (1 - won) ** 2 + (1 - share) * won**2, abs=1e-3
+        )
         assert scores.scores["log_loss"] < 0.6 * scores.base["log_loss"]
         for row in scores.calibration:
             assert row["realised"] == pytest.approx(row["predicted"], abs=5 * np.sqrt(0.25 / row["count"]))
     assert list(evaluation.profits) == ["buy", "sell"]
     assert judge(classifier, probabilities, seed=1).evaluation.to_json() == evaluation.to_json()
+
+
+def test_tables_have_a_cell_for_each_title(classifier: Dataset, probabilities: Predicted) -> None:
+    outcome = judge(classifier, probabilities, seed=1)
+    titles = profit_titles(outcome)
+    assert titles == ["probability of profit", "model", "base rate", "constant", "last sign", "ridge", "boosted trees"]
+    assert {len(row) for row in profit_rows(outcome)} == {len(titles)}
+    assert {len(row) for row in score_rows(outcome)} == {1 + len(outcome.evaluation.cards)}
+    auc = next(row for row in profit_rows(outcome) if row[0] == "sell: AUC")
+    scores = outcome.evaluation.profits["sell"]
+    assert auc[1] == f"{scores.scores['auc']:.3f}"
+    assert auc[5] == f"{scores.baselines['ridge']['auc']:.3f}"
+    assert auc[2:4] == ["0.500", "0.500"]
 
 
 def test_probabilities_choose_the_threshold_by_the_return_that_they_imply(

@@ -119,13 +119,19 @@ def calibration_bins(profit: np.ndarray, probability: np.ndarray, bins: int = 10
 
     Equal probabilities share a bin, so that there may be fewer than `bins`.
     """
-    edges = np.unique(np.quantile(probability, np.arange(1, bins) / bins))
-    place = np.searchsorted(edges, probability, side="right")
     frame = pd.DataFrame({"predicted": probability, "realised": profit}, dtype=np.float64)
-    means = frame.groupby(place).agg(
+    means = frame.groupby(quantile_bin(probability, bins)).agg(
         count=("realised", "size"), predicted=("predicted", "mean"), realised=("realised", "mean")
     )
     return [{str(name): float(value) for name, value in row.items()} for row in means.to_dict("records")]
+
+
+def quantile_bin(values: np.ndarray, bins: int = 10) -> np.ndarray:
+    """Which of `bins` equally full bins each value lies in, 0 the lowest: int [n].
+
+    Equal values share a bin: it is the fuller for it, and others stay empty.
+    """
+    return np.searchsorted(np.quantile(values, np.arange(1, bins) / bins), values, side="right")
 
 
 def _row_correlation(left: np.ndarray, right: np.ndarray, min_count: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from perpcast.evaluation import metrics
-from perpcast.evaluation.baselines import Baseline
 from perpcast.evaluation.bootstrap import MEAN_BLOCK_DAYS, confidence_interval, sums_by_day
 from perpcast.evaluation.threshold import Trades, take_trades
 from perpcast.market import SIDES
@@ -76,6 +75,7 @@ class ProfitScores:
     base_rate: float  # share of profits among training trades
     base: Mapping[str, float]  # the same scores of that rate, given to every trade
     calibration: tuple[Mapping[str, float], ...]  # count, predicted and realised, by quantile of the probability
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same scores, by name
 
     def to_json(self) -> dict[str, Any]:
         """None in place of NaN."""
@@ -84,12 +84,13 @@ class ProfitScores:
             "base_rate": self.base_rate,
             "base": _without_nan(self.base),
             "calibration": [dict(row) for row in self.calibration],
+            "baselines": {name: _without_nan(scores) for name, scores in self.baselines.items()},
         }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader should believe: `better` than every baseline, `ranks` better only, or `none`."""
+    """What a reader should believe: `better` than every baseline, in one thing only (`ranks`), or in `none`."""
 
     level: Literal["better", "ranks", "none"]
     sentence: str
@@ -97,18 +98,21 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The test span's scores. `cards` start with the model; `gains` are its paired gains on the best baseline."""
+    """The test span's scores. `cards` start with the model; gains are paired, the same days drawn for both."""
 
     windows: Windows
     predicted: Mapping[str, np.ndarray]  # every output of the model by name
-    threshold: float
+    threshold: float  # the model's
     cards: tuple[Scorecard, ...]
-    gains: Mapping[str, Score]
+    gains: Mapping[str, Score]  # by GAINS, on the best baseline: the smallest of `gains_over`
+    gains_over: Mapping[str, Mapping[str, Score]]  # by baseline
     quantiles: Mapping[str, Mapping[str, float]]
     verdict: Verdict
     days: int
     notes: tuple[str, ...] = field(default=())
-    profits: Mapping[str, "ProfitScores"] = field(default_factory=dict)  # by side, of a classifier
+    profits: Mapping[str, ProfitScores] = field(default_factory=dict)  # by side, of a classifier
+    slices: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)  # by kind, name, SLICE_SCORES
+    deciles: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)  # by side, lowest first
 
     @property
     def model(self) -> Scorecard:
@@ -128,9 +132,18 @@ class Evaluation:
                 card.name: {name: score.to_json() for name, score in card.scores.items()} for card in self.cards
             },
             "gains": {name: score.to_json() for name, score in self.gains.items()},
+            "gains_over": {
+                baseline: {name: score.to_json() for name, score in gains.items()}
+                for baseline, gains in self.gains_over.items()
+            },
             "quantiles": {name: dict(values) for name, values in self.quantiles.items()},
             "profits": {side: scores.to_json() for side, scores in self.profits.items()},
             "rank_ic_by_symbol": _without_nan(self.model.by_symbol_ic),
+            "slices": {
+                kind: {name: _without_nan(scores) for name, scores in parts.items()}
+                for kind, parts in self.slices.items()
+            },
+            "deciles": {side: [_without_nan(row) for row in rows] for side, rows in self.deciles.items()},
             "notes": list(self.notes),
         }
 
@@ -158,6 +171,15 @@ PROFIT_METRICS: dict[str, str] = {
     "brier": "Brier score",
     "log_loss": "Log loss",
 }
+
+# What a model wins on a baseline: the share of its squared error that is saved, and rank IC by day.
+GAINS = ("squared_error_saved", "rank_ic_won")
+
+# Of a part of the windows: their number, rank IC, errors, and what a trade on the side that the forecast prefers earns.
+SLICE_SCORES = ("windows", "rank_ic", "mae", "direction", "side_return")
+
+# Thirds of a symbol's own training windows by volatility.
+REGIMES = ("low", "middle", "high")
 
 # Columns of the daily sums that every pooled score is made of.
 _COUNT, _ABSOLUTE, _SQUARED, _REALISED, _REALISED_SQUARED, _RIGHT = range(6)
@@ -187,38 +209,59 @@ def evaluate(
     threshold: float,
     seed: int,
     *,
+    thresholds: Mapping[str, float] | None = None,
     quantiles: Sequence[float] = (),
     base_rates: Mapping[str, float] | None = None,
+    probabilities: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    regime: np.ndarray | None = None,
 ) -> Evaluation:
     """Scores the model's outputs (`buy_mean`, `buy_q50`, …) and the baselines' (by name and side) on the same windows.
 
-    `threshold` was frozen before these windows were looked at; it decides the trades of model and baselines alike.
-    `base_rates`, the training trades' shares of profits by side, are what a classifier's probabilities have to beat.
+    `threshold`, and the baselines' own by name in `thresholds`, were frozen before these windows were looked at; one
+    without its own is traded by the model's. `base_rates`, the training trades' shares of profits by side, are what a
+    classifier's probabilities have to beat, with the baselines' `probabilities` by name and side. `regime` is each
+    window's index into REGIMES.
     """
     if not len(windows):
         raise ValueError("there are no windows to score")
+    if not baselines:
+        raise ValueError("a model is scored beside at least one baseline")
     mean: dict[str, np.ndarray] = {side: np.asarray(predicted[f"{side}_mean"], np.float64) for side in SIDES}
-    forecasts: dict[str, Mapping[str, np.ndarray]] = {"model": mean, **baselines}
-    cards = tuple(_scorecard(name, windows, values, threshold, seed) for name, values in forecasts.items())
-    gains = _gains(windows, forecasts, seed)
+    limits = {"model": threshold, **dict.fromkeys(baselines, threshold), **(thresholds or {})}
+    tested = {name: _Tested.of(windows, values) for name, values in {"model": mean, **baselines}.items()}
+    cards = tuple(_scorecard(name, windows, each, limits[name], seed) for name, each in tested.items())
+    gains_over = {name: _gains(tested["model"], tested[name], seed) for name in baselines}
     days = int(windows.day.max() - windows.day.min()) + 1
     return Evaluation(
         windows=windows,
         predicted=predicted,
         threshold=threshold,
         cards=cards,
-        gains=gains,
+        gains={name: min((gains[name] for gains in gains_over.values()), key=_value_or_infinity) for name in GAINS},
+        gains_over=gains_over,
         quantiles=_quantile_scores(windows, predicted, quantiles),
-        verdict=_verdict(gains, cards[0]),
+        verdict=_verdict(cards[0], gains_over),
         days=days,
         notes=_notes(days),
-        profits=_profit_scores(windows, predicted, base_rates or {}),
+        profits=_profit_scores(windows, predicted, base_rates or {}, probabilities or {}),
+        slices=_slices(windows, tested["model"], regime),
+        deciles={side: _deciles(windows, side, mean[side], seed) for side in SIDES},
     )
 
 
-def baseline_forecasts(baselines: Sequence[Baseline], last_change: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    """The fitted baselines' expected returns by name and side, for `evaluate`."""
-    return {baseline.name: baseline.predict(last_change) for baseline in baselines}
+def volatility_regimes(
+    volatility: np.ndarray, symbol: np.ndarray, trained_volatility: np.ndarray, trained_symbol: np.ndarray
+) -> np.ndarray:
+    """Index into REGIMES of each window: int [n]; edges are the thirds of its symbol's own training windows.
+
+    Each symbol by its own: a regime is a state of a market through time, not the kind of coin that it is.
+    """
+    regime = np.zeros(len(symbol), np.int64)
+    for code in np.unique(symbol):
+        own = symbol == code
+        edges = np.quantile(trained_volatility[trained_symbol == code], [1 / 3, 2 / 3])
+        regime[own] = np.searchsorted(edges, volatility[own], side="right")
+    return regime
 
 
 def daily_rank_ic(windows: Windows, predicted: Mapping[str, np.ndarray]) -> pd.Series:
@@ -230,21 +273,37 @@ def daily_rank_ic(windows: Windows, predicted: Mapping[str, np.ndarray]) -> pd.S
     return pd.concat(sides, axis=1).mean(axis=1).sort_index()
 
 
-def _scorecard(
-    name: str, windows: Windows, predicted: Mapping[str, np.ndarray], threshold: float, seed: int
-) -> Scorecard:
-    sums = _error_sums(windows, predicted)
+@dataclass(frozen=True)
+class _Tested:
+    """One forecast beside what came true: what more than one score is made of."""
+
+    predicted: Mapping[str, np.ndarray]  # by side
+    sums: np.ndarray  # by day, the columns above
+    rank_ic: pd.Series  # by day number
+    rank_ic_by_symbol: pd.Series  # through time, by the symbol's index
+
+    @classmethod
+    def of(cls, windows: Windows, predicted: Mapping[str, np.ndarray]) -> "_Tested":
+        through_time = [
+            metrics.rank_ic_by_symbol(windows.realised[side], predicted[side], windows.symbol) for side in SIDES
+        ]
+        return cls(
+            predicted,
+            _error_sums(windows, predicted),
+            daily_rank_ic(windows, predicted),
+            pd.concat(through_time, axis=1).mean(axis=1),
+        )
+
+
+def _scorecard(name: str, windows: Windows, tested: _Tested, threshold: float, seed: int) -> Scorecard:
     scores = {}
     for metric, statistic in _POOLED.items():
-        scores[metric] = Score(float(statistic(sums.sum(axis=0))), *confidence_interval(sums, statistic, _rng(seed)))
-    daily = daily_rank_ic(windows, predicted)
-    scores["rank_ic"] = _mean_score(daily.index.to_numpy(), daily.to_numpy(), seed)
-    by_symbol = pd.concat(
-        [metrics.rank_ic_by_symbol(windows.realised[side], predicted[side], windows.symbol) for side in SIDES], axis=1
-    ).mean(axis=1)
-    scores["rank_ic_symbol"] = Score(float(by_symbol.mean()))
+        interval = confidence_interval(tested.sums, statistic, _rng(seed))
+        scores[metric] = Score(float(statistic(tested.sums.sum(axis=0))), *interval)
+    scores["rank_ic"] = _mean_score(tested.rank_ic.index.to_numpy(), tested.rank_ic.to_numpy(), seed)
+    scores["rank_ic_symbol"] = Score(float(tested.rank_ic_by_symbol.mean()))
     trades = take_trades(
-        predicted,
+        tested.predicted,
         windows.realised,
         windows.bars_held,
         windows.symbol,
@@ -256,8 +315,12 @@ def _scorecard(
     scores["trades"] = Score(float(len(trades)))
     scores["trade_return"] = _mean_score(day, trades.earned, seed)
     scores["win_rate"] = _mean_score(day, (trades.earned > 0).astype(float), seed)
-    names = {windows.symbols[code]: float(by_symbol[code]) for code in by_symbol.index}
-    return Scorecard(name, {metric: scores[metric] for metric in METRICS}, names, trades)
+    return Scorecard(name, {metric: scores[metric] for metric in METRICS}, _named(windows, tested), trades)
+
+
+def _named(windows: Windows, tested: _Tested) -> dict[str, float]:
+    by_symbol = tested.rank_ic_by_symbol
+    return {windows.symbols[code]: value for code, value in zip(by_symbol.index.tolist(), by_symbol, strict=True)}
 
 
 def _error_sums(windows: Windows, predicted: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -276,36 +339,78 @@ def _mean_score(day: np.ndarray, values: np.ndarray, seed: int) -> Score:
     return Score(float(np.mean(values)), *confidence_interval(sums, _mean_of_sums, _rng(seed)))
 
 
-def _gains(windows: Windows, forecasts: Mapping[str, Mapping[str, np.ndarray]], seed: int) -> dict[str, Score]:
-    """Model minus best baseline, the same days drawn for both: squared error saved (as a share), and rank IC won.
+def _gains(model: _Tested, baseline: _Tested, seed: int) -> dict[str, Score]:
+    """By GAINS, model minus baseline, the same days drawn for both.
 
-    The best baseline is chosen on these very windows, which favours the baseline. One that ranks nothing has IC 0.
+    A baseline that ranks nothing, or the wrong way round, has rank IC 0: nobody would follow it.
     """
-    if len(forecasts) < 2:
-        raise ValueError("a model is scored beside at least one baseline")
-    squared = {name: _error_sums(windows, values)[:, _SQUARED] for name, values in forecasts.items()}
-    best = min((name for name in forecasts if name != "model"), key=lambda name: squared[name].sum())
-    pair = np.stack([squared["model"], squared[best]], axis=1)
+    pair = np.stack([model.sums[:, _SQUARED], baseline.sums[:, _SQUARED]], axis=1)
 
     def saved(sums: np.ndarray) -> np.ndarray:
         return 1 - sums[..., 0] / sums[..., 1]
 
-    first, last = int(windows.day.min()), int(windows.day.max())
-    by_day = {
-        name: daily_rank_ic(windows, values).reindex(range(first, last + 1)) for name, values in forecasts.items()
-    }
-    rival = max((name for name in forecasts if name != "model"), key=lambda name: _mean_or_zero(by_day[name]))
-    won = by_day["model"].fillna(0) - by_day[rival].fillna(0) * (_mean_or_zero(by_day[rival]) > 0)
-    known = by_day["model"].notna() | by_day[rival].notna()
+    daily = pd.concat({"model": model.rank_ic, "baseline": baseline.rank_ic}, axis=1).sort_index()
+    rival = daily["baseline"].fillna(0) * (daily["baseline"].mean() > 0)
+    won = daily["model"].fillna(0) - rival
     return {
         "squared_error_saved": Score(float(saved(pair.sum(axis=0))), *confidence_interval(pair, saved, _rng(seed))),
-        "rank_ic_won": _mean_score(won.index.to_numpy()[known], won.to_numpy()[known], seed),
+        "rank_ic_won": _mean_score(won.index.to_numpy(np.int64), won.to_numpy(), seed),
     }
 
 
-def _mean_or_zero(values: pd.Series) -> float:
-    known = values.dropna()
-    return float(known.mean()) if len(known) else 0.0
+def _value_or_infinity(score: Score) -> float:
+    return score.value if np.isfinite(score.value) else np.inf
+
+
+def _slices(windows: Windows, model: _Tested, regime: np.ndarray | None) -> dict[str, dict[str, dict[str, float]]]:
+    """SLICE_SCORES of the model by symbol, by month and, where it is known, by regime."""
+    month = windows.open_time_ms.astype("datetime64[ms]").astype("datetime64[M]").astype(np.int64)
+    day_month = (model.rank_ic.index.to_numpy() * DAY_MS).astype("datetime64[ms]").astype("datetime64[M]")
+    by_month = model.rank_ic.groupby(day_month.astype(np.int64)).mean()
+    slices = {
+        "symbol": _slice_scores(windows, model, windows.symbol, model.rank_ic_by_symbol),
+        "month": _slice_scores(windows, model, month, by_month),
+    }
+    names: dict[str, Callable[[int], str]] = {
+        "symbol": lambda code: windows.symbols[code],
+        "month": lambda number: str(np.datetime64(number, "M")),
+        "regime": lambda number: REGIMES[number],
+    }
+    if regime is not None:
+        parts = {number: np.flatnonzero(regime == number) for number in np.unique(regime)}
+        ranks = {
+            number: daily_rank_ic(windows[rows], {side: model.predicted[side][rows] for side in SIDES}).mean()
+            for number, rows in parts.items()
+        }
+        slices["regime"] = _slice_scores(windows, model, regime, pd.Series(ranks))
+    return {kind: {names[kind](key): scores for key, scores in found.items()} for kind, found in slices.items()}
+
+
+def _slice_scores(windows: Windows, model: _Tested, key: np.ndarray, rank_ic: pd.Series) -> dict[int, dict[str, float]]:
+    """SLICE_SCORES by key, in its order; `rank_ic` by key, NaN where it is missing."""
+    realised, guess = (np.stack([values[side] for side in SIDES]) for values in (windows.realised, model.predicted))
+    preferred = np.argmax(guess, axis=0)  # of equals the first: buy before sell
+    values = {
+        "mae": np.abs(realised - guess).mean(axis=0),
+        "direction": ((realised > 0) == (guess > 0)).mean(axis=0),
+        "side_return": np.take_along_axis(realised, preferred[None], axis=0)[0],
+    }
+    groups = pd.DataFrame(values).groupby(key)
+    table = groups.mean().assign(windows=groups.size().astype(float), rank_ic=rank_ic)
+    rows = table[list(SLICE_SCORES)].to_numpy().tolist()
+    return {key: dict(zip(SLICE_SCORES, row, strict=True)) for key, row in zip(table.index.tolist(), rows, strict=True)}
+
+
+def _deciles(windows: Windows, side: str, predicted: np.ndarray, seed: int) -> tuple[dict[str, float], ...]:
+    """Expected beside realised return by decile of the forecast, with the interval of what was realised."""
+    rows = []
+    place = metrics.quantile_bin(predicted)
+    for number in np.unique(place):
+        own = place == number
+        realised = _mean_score(windows.day[own], windows.realised[side][own], seed)
+        means = {"predicted": float(np.mean(predicted[own])), "realised": realised.value}
+        rows.append({"count": float(own.sum()), **means, "lower": realised.lower, "upper": realised.upper})
+    return tuple(rows)
 
 
 def _quantile_scores(
@@ -323,14 +428,19 @@ def _quantile_scores(
 
 
 def _profit_scores(
-    windows: Windows, predicted: Mapping[str, np.ndarray], base_rates: Mapping[str, float]
+    windows: Windows,
+    predicted: Mapping[str, np.ndarray],
+    base_rates: Mapping[str, float],
+    probabilities: Mapping[str, Mapping[str, np.ndarray]],
 ) -> dict[str, ProfitScores]:
     found = {}
     for side, base_rate in base_rates.items():
         profit = windows.realised[side] > 0
         probability = np.asarray(predicted[f"{side}_profit_probability"], np.float64)
         scores, base = (_of_probability(profit, each) for each in (probability, np.full(len(profit), base_rate)))
-        found[side] = ProfitScores(scores, base_rate, base, tuple(metrics.calibration_bins(profit, probability)))
+        baselines = {name: _of_probability(profit, by_side[side]) for name, by_side in probabilities.items()}
+        calibration = tuple(metrics.calibration_bins(profit, probability))
+        found[side] = ProfitScores(scores, base_rate, base, calibration, baselines)
     return found
 
 
@@ -348,26 +458,31 @@ def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
 
-def _verdict(gains: Mapping[str, Score], model: Scorecard) -> Verdict:
-    accuracy, ranking = gains["squared_error_saved"], gains["rank_ic_won"]
-    earned = model.scores["trade_return"]
-    if np.isnan(earned.value):
-        money = "Its frozen threshold took no trade."
-    else:
-        doing = "earned" if earned.value > 0 else "lost"
-        doubt = "" if earned.lower > 0 or earned.value <= 0 else ", which is not clearly above zero"
-        money = f"Its trades {doing} {abs(earned.value) * 100:.2f} % each after fees and slippage{doubt}."
-    if np.isnan(accuracy.lower) and np.isnan(ranking.lower):
-        return Verdict("none", f"Too few days to tell the model from its baselines. {money}")
-    if accuracy.lower > 0 and ranking.lower > 0:
-        return Verdict("better", f"The model beats its baselines, in accuracy and in ranking. {money}")
-    if ranking.lower > 0:
+def _verdict(model: Scorecard, gains_over: Mapping[str, Mapping[str, Score]]) -> Verdict:
+    """An edge is what the intervals show against every baseline; money is the backtest's business."""
+    lower = {name: [gains[name].lower for gains in gains_over.values()] for name in GAINS}
+    accurate, ranking = (all(bound > 0 for bound in lower[name]) for name in GAINS)
+    if all(np.isnan(bound) for bounds in lower.values() for bound in bounds):
+        return Verdict("none", "No edge found: too few days to tell the model from its baselines.")
+    if accurate and ranking:
+        return Verdict("better", "Edge found: the model beats every baseline, in accuracy and in ranking.")
+    if ranking:
         return Verdict(
-            "ranks", f"The model ranks trades better than its baselines, but its numbers are no more accurate. {money}"
+            "ranks", "Edge in ranking only: the model ranks trades better than every baseline, but is no more accurate."
         )
-    if accuracy.lower > 0:
-        return Verdict("ranks", f"The model is more accurate than its baselines, but ranks trades no better. {money}")
-    return Verdict("none", f"The model is not better than its baselines. {money}")
+    if accurate:
+        return Verdict(
+            "ranks",
+            "Edge in accuracy only: the model is more accurate than every baseline, but ranks trades no better.",
+        )
+    if model.scores["rank_ic"].lower > 0:
+        rival = min(gains_over, key=lambda name: gains_over[name]["rank_ic_won"].value)
+        return Verdict(
+            "none",
+            f"No edge of its own: the model ranks trades better than chance, but not better than {rival}, which is "
+            "simpler.",
+        )
+    return Verdict("none", "No edge found: the model is not better than its baselines.")
 
 
 def _notes(days: int) -> tuple[str, ...]:

@@ -1,0 +1,102 @@
+"""Scores and trades a trained model on its untouched test span: python evaluate_model.py
+
+Reads config.yaml, `model_metadata`, the stored predictions, the dataset folder, candles, funding and instruments.
+Writes reports/<model id>/index.html with its pictures and numbers, and an event: every look at a test span is counted.
+"""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+import numpy as np
+
+from perpcast.command_line import console, open_database, progress_bar, show_table, stage
+from perpcast.config import Settings
+from perpcast.database import Database, read_models
+from perpcast.errors import MissingInputError
+
+if TYPE_CHECKING:
+    from perpcast.training.fold_scores import FoldKind
+
+SCORES = ("rank_ic", "saved")
+
+
+@click.command()
+@click.option("--model", "model_id", metavar="ID", help="The model.  [default: the newest]")
+@click.option(
+    "--folds",
+    type=click.Choice(["expanding", "sliding", "combinatorial"]),
+    help="Instead of a model: the cheap baselines over purged folds of the whole history before its test span.",
+)
+@stage
+def main(settings: Settings, model_id: str | None, folds: "FoldKind | None") -> None:
+    """Score a model beside its baselines, trade it, and write the report.
+
+    Nothing is trained: the predictions are those that were stored with the model. The test span is looked at, and the
+    look is counted: the more often, the less its numbers say.
+
+    \b
+    Examples:
+      python evaluate_model.py                          the newest model
+      python evaluate_model.py --model tft-0123456789ab
+      python evaluate_model.py --folds expanding        baselines through time, purged, no network
+      python model_registry.py list                     every model
+    """
+    from perpcast.training.judgement import judge_model
+    from perpcast.training.run_report import tables, verdict_of, write_page
+
+    with open_database(settings) as database:
+        if folds is not None:
+            show_folds(settings, database, folds)
+            return
+        model_id = model_id or newest(database)
+        with console.status("baselines, accounts, intervals"):
+            judgement = judge_model(settings, database, model_id, purpose="report", now=datetime.now(UTC))
+            page = write_page(settings, database, judgement)
+    for titles, rows in tables(judgement):
+        show_table(titles, rows)
+    console.print(verdict_of(judgement))
+    console.print(f"report: {page}")
+    console.print(f"next: python model_registry.py promote {model_id}")
+
+
+def newest(database: Database) -> str:
+    """The id of the newest model."""
+    models = read_models(database)
+    if not models:
+        raise MissingInputError("no model trained yet; run: python train_universal_transformer.py")
+    return models[0].model_id
+
+
+def show_folds(settings: Settings, database: Database, kind: "FoldKind") -> None:
+    """Instants and scores of each fold, then the spread over them; of the newest model's dataset, before its test."""
+    from perpcast.training.dataset import load_dataset
+    from perpcast.training.fold_scores import make_folds, score_folds
+
+    model = next(each for each in read_models(database) if each.model_id == newest(database))
+    dataset = load_dataset(settings.path("datasets", model.dataset_id))
+    folds = make_folds(dataset, kind)
+    for number, fold in enumerate(folds, 1):
+        console.print(f"fold {number}: " + "; ".join(fold.instants()))
+    with progress_bar("folds") as on_progress:
+        found = score_folds(dataset, folds, on_progress)
+    names = list(found[0].rank_ic)
+    rows = [
+        [f"{number}", f"{each.windows:,}", *(f"{each.rank_ic[name]:+.3f}" for name in names)]
+        + [f"{each.saved[name]:+.2%}" for name in names]
+        for number, each in enumerate(found, 1)
+    ]
+    for title, statistic in (("mean", np.mean), ("spread", np.std)):
+        values = [statistic([getattr(each, score)[name] for each in found]) for score in SCORES for name in names]
+        rows.append(
+            [title, "", *(f"{v:+.3f}" for v in values[: len(names)]), *(f"{v:+.2%}" for v in values[len(names) :])]
+        )
+    show_table(
+        ["fold", "windows", *(f"{name}: rank IC" for name in names), *(f"{name}: error saved" for name in names)],
+        [[("-" if cell == "+nan" else cell) for cell in row] for row in rows],
+    )
+    console.print(f"{len(found)} {kind} folds, purge {dataset.split.purge} bars; the test span was not looked at")
+
+
+if __name__ == "__main__":
+    main()
