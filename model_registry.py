@@ -83,10 +83,8 @@ def promote_command(settings: Settings, model_id: str, force: bool) -> None:
       python model_registry.py promote tft-0123456789ab
       python model_registry.py promote tft-0123456789ab --force
     """
-    from perpcast.training.judgement import gather_evidence
-
     with open_database(settings) as database:
-        promote_model(settings, database, model_id, gather_evidence, force=force)
+        promote_model(settings, database, model_id, force=force)
 
 
 @main.command("rollback")
@@ -167,11 +165,12 @@ def promote_model(
     settings: Settings,
     database: Database,
     model_id: str,
-    gather: "Callable[[Settings, Database, str], Evidence]",
+    gather: "Callable[[Settings, Database, str], Evidence] | None" = None,
     *,
-    force: bool,
+    force: bool = False,
 ) -> None:
-    """Gathers the evidence on a model, and makes it champion where it suffices."""
+    """Gathers the evidence on a model, by `judgement.gather_evidence`, and makes it champion where it suffices."""
+    from perpcast.training.judgement import gather_evidence
     from perpcast.training.promotion import promote
 
     model = read_model(database, model_id)
@@ -179,7 +178,7 @@ def promote_model(
         console.print(f"{model_id} is the champion of {model.task_kind} already")
         return
     check_bundle(settings, model)
-    evidence = gather(settings, database, model_id)
+    evidence = (gather or gather_evidence)(settings, database, model_id)
     before = promote(database, model_id, evidence, force=force, now=datetime.now(UTC))
     instead = "" if before is None else f" in place of {before}"
     console.print(f"{model_id} is the champion of {model.task_kind}{instead}")

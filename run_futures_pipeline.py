@@ -56,29 +56,33 @@ PAPER = Stage("paper", "two days of paper trading with that model", ("live_runne
 @click.command(
     epilog="""\b
 Examples:
-  python run_futures_pipeline.py           the real market: 51 symbols, 3 years, as in config.yaml
-  python run_futures_pipeline.py --demo    a synthetic market, about five minutes, no network, no keys
+  python run_futures_pipeline.py            the real market: 51 symbols, 3 years, as in config.yaml
+  python run_futures_pipeline.py --promote  then the new model is champion, if it clearly earns more than the others
+  python run_futures_pipeline.py --demo     a synthetic market, about five minutes, no network, no keys
 """
 )
 @click.option("--demo", is_flag=True, help="Synthetic market, small network, then two days of paper trading.")
+@click.option("--promote", is_flag=True, help="Then make the model champion, where the evidence suffices.")
 @stage
-def main(settings: Settings, demo: bool) -> None:
+def main(settings: Settings, demo: bool, promote: bool) -> None:
     """Run every stage up to the exported model, skipping what is done."""
     if not demo:
-        run(settings, STAGES, market=None)
+        run(settings, STAGES, market=None, promote=promote)
         return
     with demo_world(load_settings([*settings.files, ROOT / "config.demo.yaml"])) as demo_settings:
         market = "Synthetic market with a planted edge: this says nothing about real markets."
-        run(demo_settings, (*STAGES, PAPER), market)
+        run(demo_settings, (*STAGES, PAPER), market, promote=promote)
 
 
-def run(settings: Settings, stages: tuple[Stage, ...], market: str | None) -> None:
+def run(settings: Settings, stages: tuple[Stage, ...], market: str | None, *, promote: bool) -> None:
     """The stages, then the summary and the report; `market` is what it says of where its numbers come from."""
     begun = time.monotonic()
     seconds = run_stages(settings, stages)
     with open_database(settings) as database:
         page = report(settings, database, seconds, market)
     console.print(f"all stages in {time.monotonic() - begun:.0f} s; report: {page}")
+    if promote:
+        run_script(settings, "model_registry.py", "promote", page.parent.name)
     console.print("next: open the report in a browser; curves: tensorboard --logdir logs")
 
 

@@ -51,17 +51,17 @@ PICTURED_WINDOWS, EXPLAINED_WINDOWS = 4096, 512
 def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool) -> None:
     """Train, test and export the Temporal Fusion Transformer of the configuration.
 
-      The same data and settings give the same model id; a training that was killed goes on under it. At the end stand
-      its scores on the untouched test span, beside those of its baselines.
+    The same data and settings give the same model id; a training that was killed goes on under it. At the end stand
+    its scores on the untouched test span, beside those of its baselines.
 
-      \b
-      Examples:
-        python train_universal_transformer.py --task regression       expected returns, with quantiles
-        python train_universal_transformer.py --task classification   calibrated probabilities of profit
-        python train_universal_transformer.py --force
-        python train_universal_transformer.py --promote               then champion, if it clearly earns more
-        python monitor_training.py                                    watch it in another terminal
-        tensorboard --logdir logs
+    \b
+    Examples:
+      python train_universal_transformer.py --task regression       expected returns, with quantiles
+      python train_universal_transformer.py --task classification   calibrated probabilities of profit
+      python train_universal_transformer.py --force
+      python train_universal_transformer.py --promote               then champion, if it clearly earns more
+      python monitor_training.py                                    watch it in another terminal
+      tensorboard --logdir logs
     """
     begun = time.monotonic()
     with open_database(settings) as database:
@@ -74,6 +74,8 @@ def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool
             judge(settings, database, model_id, outcome)
             console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
         if promote:
+            from model_registry import promote_model
+
             promote_model(settings, database, model_id)
     console.print("next: python live_runner.py --mode paper      curves: tensorboard --logdir logs")
 
@@ -100,8 +102,9 @@ def make_dataset(settings: Settings, database: "Database", kind: str) -> "Datase
             max_gap_bars=cut.max_gap_bars,
             on_progress=on_progress,
         )
-    windows = ", ".join(f"{len(rows):,} {split}" for split, rows in dataset.index.items())
-    console.print(f"dataset {dataset.dataset_id}: windows {windows}; purge {dataset.split.purge} bars")
+    console.print(f"dataset {dataset.dataset_id}, leak certificate passed; purge {dataset.split.purge} bars")
+    for line, rows in zip(dataset.split.instants(), dataset.index.values(), strict=True):
+        console.print(f"  {line}, {len(rows):,} windows")
     return dataset
 
 
@@ -308,16 +311,6 @@ def judge(settings: Settings, database: "Database", model_id: str, outcome: "Out
         show_table(titles, rows)
     console.print(verdict_of(judgement))
     console.print(f"report: {page}")
-
-
-def promote_model(settings: Settings, database: "Database", model_id: str) -> None:
-    """Makes it champion; ends with the conditions that it lacks where the evidence does not suffice."""
-    from perpcast.training.judgement import gather_evidence
-    from perpcast.training.promotion import promote
-
-    evidence = gather_evidence(settings, database, model_id)
-    before = promote(database, model_id, evidence, now=datetime.now(UTC))
-    console.print(f"{model_id} is the champion now" + (f", in place of {before}" if before else ""))
 
 
 def code_revision() -> str | None:

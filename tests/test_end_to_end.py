@@ -54,11 +54,22 @@ class World:
     password: str
 
     def run(self, script: str, *options: str) -> str:
-        command = [sys.executable, str(ROOT / script), *options, "--config", str(self.folder / "config.yaml")]
-        environment = {**os.environ, "PERPCAST_DB_PASSWORD": self.password}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+        """What the script printed."""
+        run = self._run(script, *options)
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
+
+    def refused(self, script: str, *options: str) -> str:
+        """Why the script ended with exit code 1."""
+        run = self._run(script, *options)
+        assert run.returncode == 1, run.stdout + run.stderr
+        assert "Traceback" not in run.stderr
+        return run.stderr
+
+    def _run(self, script: str, *options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / script), *options, "--config", str(self.folder / "config.yaml")]
+        environment = {**os.environ, "PERPCAST_DB_PASSWORD": self.password}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +136,20 @@ def test_recorded_candles_pass_through_every_stage(world: World) -> None:
 
     again = world.run("train_universal_transformer.py", "--task", "regression")
     assert len(read_models(world.database)) == 1, again
+
+    told = world.run("evaluate_model.py")
+    page = (world.folder / "reports" / model.model_id / "index.html").read_text()
+    assert "This test span was looked at 2 times." in " ".join(told.split())  # once by the training
+    assert "symbols chosen on 2026-06-16" in page
+    assert all(name in told for name in ("ridge", "boosted trees", "buy and hold", "model, stops slide"))
+    told = world.run("evaluate_model.py", "--folds", "combinatorial")
+    assert "fold 15: train" in told
+    assert "15 combinatorial folds, purge 101 bars" in " ".join(told.split())
+    assert model.model_id in world.run("model_registry.py", "list")
+    # A training of one epoch earns no more than the others.
+    refused = world.refused("model_registry.py", "promote", model.model_id)
+    assert "a daily net return above that of the best baseline" in refused
+    assert "expected a lower 95 % bound above 0" in refused
 
     world.run("live_runner.py", "--mode", "replay", "--bars", str(REPLAY_BARS))
     run = f"replay-local-{model.model_id}-1"
