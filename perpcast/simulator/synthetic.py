@@ -30,14 +30,38 @@ START_MS = to_ms(parse_time("2022-01-01T00:00Z"))
 _BARS_PER_DAY = 86_400_000 // BASE_MS
 
 PRESSURE_HALF_LIFE_BARS = 32
+PRESSURE_PERSISTENCE = 0.5 ** (1 / PRESSURE_HALF_LIFE_BARS)
 PRESSURE_IN_VOLUME = 0.6  # log volume per unit of pressure in the bar's direction
 COMMON_SHARE = (0.5, 0.8)  # of a symbol's variance that is the common factor's
 BAR_VOLATILITY = {"BTCUSDT": 0.0020, "ETHUSDT": 0.0026}  # typical size of a 15-minute move
 OTHER_VOLATILITY = (0.0028, 0.0040)
 JUMPS_PER_BAR = 1 / 600
+COMMON_JUMPS = 1 / 4  # of all symbols at once, for one of a symbol alone
 JUMP_SIZE = 4.0  # in units of the bar's volatility
 DAILY_TURNOVER = {"BTCUSDT": 5e9, "ETHUSDT": 2.5e9}
 OTHER_TURNOVER = (3e7, 4e8)
+
+
+@dataclass(frozen=True)
+class Swing:
+    """A part of log volatility that comes and goes: an AR(1) process of this stationary deviation."""
+
+    stream: str
+    deviation: float
+    persistence: float
+
+
+COMMON_SWINGS = (Swing("slow volatility", 0.30, 0.9995), Swing("fast volatility", 0.25, 0.98))
+OWN_SWINGS = (Swing("slow volatility", 0.15, 0.999), Swing("fast volatility", 0.25, 0.95))
+
+
+@dataclass(frozen=True)
+class HiddenState:
+    """All that a symbol's coming bars depend on, as it stands at each of its bars; known to no client."""
+
+    pressure: np.ndarray  # [n]
+    swings: np.ndarray  # [n, COMMON_SWINGS + OWN_SWINGS], in units of log volatility
+    typical_volatility: float  # of a bar without swing and season
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,17 @@ class SyntheticMarket:
             self._series[symbol] = self._generate(symbol)
         return self._series[symbol]
 
+    @property
+    def edge(self) -> float:
+        """Volatilities that a bar drifts for one unit of the pressure before it."""
+        return self._edge
+
+    def hidden_state(self, symbol: str) -> HiddenState:
+        """The state of the generator at each bar of `candles`, for measuring what can be known at all."""
+        swings = np.column_stack([self._swings("", COMMON_SWINGS), self._swings(symbol, OWN_SWINGS)])
+        _, size, _ = self._character(symbol)
+        return HiddenState(self.pressure(symbol), swings[-len(self.candles(symbol)) :], size)
+
     def pressure(self, symbol: str) -> np.ndarray:
         """The hidden pressure at each bar of `candles`, known to no client: float64 [n], for measuring the edge."""
         return self._pressure(symbol)[-len(self.candles(symbol)) :]
@@ -104,7 +139,18 @@ class SyntheticMarket:
         return self._random(symbol, stream).standard_normal(len(self._time_ms))
 
     def _pressure(self, symbol: str) -> np.ndarray:
-        return _ar1(self._normal(symbol, "pressure"), 0.5 ** (1 / PRESSURE_HALF_LIFE_BARS))
+        return _ar1(self._normal(symbol, "pressure"), PRESSURE_PERSISTENCE)
+
+    def _swings(self, symbol: str, swings: tuple[Swing, ...]) -> np.ndarray:
+        """[n, swings]"""
+        return np.column_stack([s.deviation * _ar1(self._normal(symbol, s.stream), s.persistence) for s in swings])
+
+    def _character(self, symbol: str) -> tuple[float, float, float]:
+        """Share of the common factor, typical volatility of a bar, daily turnover."""
+        random = self._random(symbol, "character")
+        share, size, turnover = (random.uniform(*span) for span in (COMMON_SHARE, OTHER_VOLATILITY, (0, 1)))
+        between = OTHER_TURNOVER[0] * (OTHER_TURNOVER[1] / OTHER_TURNOVER[0]) ** turnover
+        return share, BAR_VOLATILITY.get(symbol, size), DAILY_TURNOVER.get(symbol, between)
 
     def _jumps(self, symbol: str, per_bar: float) -> np.ndarray:
         """Mostly 0, else of JUMP_SIZE on average, up as often as down."""
@@ -113,20 +159,15 @@ class SyntheticMarket:
 
     def _shared(self) -> _Common:
         if self._common is None:
-            slow, fast = self._normal("", "slow volatility"), self._normal("", "fast volatility")
-            log_volatility = 0.30 * _ar1(slow, 0.9995) + 0.25 * _ar1(fast, 0.98) + _season(self._time_ms)
-            self._common = _Common(self._normal("", "move"), log_volatility, self._jumps("", JUMPS_PER_BAR / 4))
+            log_volatility = self._swings("", COMMON_SWINGS).sum(axis=1) + season(self._time_ms)
+            self._common = _Common(
+                self._normal("", "move"), log_volatility, self._jumps("", JUMPS_PER_BAR * COMMON_JUMPS)
+            )
         return self._common
 
     def _generate(self, symbol: str) -> CandleSeries:
-        common, character = self._shared(), self._random(symbol, "character")
-        share, size, turnover = (character.uniform(*span) for span in (COMMON_SHARE, OTHER_VOLATILITY, (0, 1)))
-        size = BAR_VOLATILITY.get(symbol, size)
-        turnover = DAILY_TURNOVER.get(symbol, OTHER_TURNOVER[0] * (OTHER_TURNOVER[1] / OTHER_TURNOVER[0]) ** turnover)
-
-        own = 0.15 * _ar1(self._normal(symbol, "slow volatility"), 0.999)
-        own += 0.25 * _ar1(self._normal(symbol, "fast volatility"), 0.95)
-        volatility = size * np.exp(common.log_volatility + own)
+        common, (share, size, turnover) = self._shared(), self._character(symbol)
+        volatility = size * np.exp(common.log_volatility + self._swings(symbol, OWN_SWINGS).sum(axis=1))
         pressure = self._pressure(symbol)
         drift = self._edge * np.concatenate(([0.0], pressure[:-1]))
         move = np.sqrt(share) * common.move + np.sqrt(1 - share) * self._normal(symbol, "move")
@@ -173,7 +214,7 @@ def _ar1(noise: np.ndarray, persistence: float) -> np.ndarray:
     )
 
 
-def _season(time_ms: np.ndarray) -> np.ndarray:
+def season(time_ms: np.ndarray) -> np.ndarray:
     """Log volatility by the hour and the day: busiest at 14:30 UTC, quieter at night and on weekends."""
     day, hour = time_ms / 86_400_000, time_ms % 86_400_000 / 3_600_000
     weekend = (day.astype(np.int64) + 3) % 7 >= 5  # 1970-01-01 was a Thursday; Monday is 0
