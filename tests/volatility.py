@@ -20,7 +20,9 @@ import pandas as pd
 DATA = Path(__file__).parents[2] / "shared" / "data" / "models" / "omi_SPX_2000_2019.csv"
 ENCODER_DAYS, DECODER_DAYS = 252, 5
 QUANTILES = (0.1, 0.5, 0.9)
-CATEGORIES = {"day_of_week": 7, "day_of_month": 31, "week_of_year": 53, "month": 12}
+# Numbers for all networks, since neuralforecast knows no categories; the codes of each, from 0.
+CALENDAR = {"day_of_week": 7, "day_of_month": 31, "week_of_year": 53, "month": 12}
+KNOWN = 1 + len(CALENDAR)
 LAST_DAY = "2019-06-28"
 
 
@@ -28,14 +30,13 @@ LAST_DAY = "2019-06-28"
 class Problem:
     """Days of one index. A window is named by its origin, the last day that is observed.
 
-    `observed` [n, 2] (log volatility, the day's return) and `known` [n, 1] (days since the first) are scaled with mean
-    and deviation of the training days; `known_categories` [n, 4] are codes from 0.
+    `observed` [n, 2] (log volatility, the day's return) and the first column of `known` [n, 5] (days since the first)
+    are scaled with mean and deviation of the training days; the others are CALENDAR's codes, from -1 to 1.
     """
 
     log_volatility: np.ndarray
     observed: np.ndarray
     known: np.ndarray
-    known_categories: np.ndarray
     mean: float
     deviation: float
     origins: Mapping[str, np.ndarray]  # train, validation, test
@@ -47,7 +48,6 @@ class Problem:
         return {
             "observed": self.observed[past],
             "known": self.known[whole],
-            "known_categories": self.known_categories[whole],
             "static_categories": np.zeros((len(origins), 1), np.int32),
         }
 
@@ -72,13 +72,15 @@ def load_problem(path: Path = DATA) -> Problem:
     mean, deviation = reals[year < 2016].mean(axis=0), reals[year < 2016].std(axis=0)
     scaled = ((reals - mean) / deviation).astype(np.float32)
     codes = (date.day_of_week, date.day - 1, date.isocalendar()["week"] - 1, date.month - 1)
+    calendar = [
+        code.to_numpy(float) / (count - 1) * 2 - 1 for code, count in zip(codes, CALENDAR.values(), strict=True)
+    ]
     every = np.arange(ENCODER_DAYS - 1, len(frame) - DECODER_DAYS)
     first, last = year[every + 1], year[every + DECODER_DAYS]
     return Problem(
         log_volatility=log_volatility,
         observed=scaled[:, :2],
-        known=scaled[:, 2:],
-        known_categories=np.stack([code.to_numpy(np.int32) for code in codes], axis=1),
+        known=np.column_stack([scaled[:, 2], *calendar]).astype(np.float32),
         mean=float(mean[0]),
         deviation=float(deviation[0]),
         origins={
@@ -209,7 +211,7 @@ def train_and_save(learner: Learner, told: Mapping[str, Any]) -> None:
 class OurTft:
     """Our network as a learner."""
 
-    def __init__(self, budget: Budget, seed: int, *, xla: bool, **options: Any) -> None:
+    def __init__(self, budget: Budget, seed: int) -> None:
         import keras
         from keras import ops
 
@@ -220,13 +222,12 @@ class OurTft:
             encoder_steps=ENCODER_DAYS,
             decoder_steps=DECODER_DAYS,
             observed=2,
-            known=1,
-            known_categories=tuple(CATEGORIES.values()),
+            known=KNOWN,
             static_categories=(1,),
             heads=(Head("log_volatility", 0, len(QUANTILES), QUANTILES.index(0.5)),),
         )
         self.network = TemporalFusionTransformer(
-            shape, d_model=budget.d_model, num_heads=budget.num_heads, dropout=budget.dropout, **options
+            shape, d_model=budget.d_model, num_heads=budget.num_heads, dropout=budget.dropout
         )
 
         def loss(targets: Any, predicted: Any) -> Any:
@@ -235,7 +236,7 @@ class OurTft:
             return ops.mean(ops.sum(ops.maximum(quantiles * error, (quantiles - 1) * error), axis=-1))
 
         optimizer = keras.optimizers.Adam(budget.learning_rate, epsilon=1e-8, global_clipnorm=budget.clip_norm)
-        self.network.compile(optimizer=optimizer, loss=loss, jit_compile=xla)
+        self.network.compile(optimizer=optimizer, loss=loss, jit_compile=False)
         optimizer.build(self.network.trainable_variables)
 
     def step(self, inputs: dict[str, np.ndarray], targets: np.ndarray, rate: float) -> float:
@@ -258,8 +259,7 @@ class OurTft:
 
 
 def _main(told: dict[str, Any]) -> None:
-    budget = Budget(**told.get("budget", {}))
-    train_and_save(OurTft(budget, told["seed"], xla=told.get("xla", False), **told.get("options", {})), told)
+    train_and_save(OurTft(Budget(**told.get("budget", {})), told["seed"]), told)
 
 
 if __name__ == "__main__":

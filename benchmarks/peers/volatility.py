@@ -12,7 +12,7 @@ import numpy as np
 import torch  # type: ignore[import-not-found]
 
 from benchmarks.peers.networks import Shape, build
-from tests.volatility import CATEGORIES, DECODER_DAYS, ENCODER_DAYS, QUANTILES, Budget, train_and_save
+from tests.volatility import DECODER_DAYS, ENCODER_DAYS, KNOWN, QUANTILES, Budget, train_and_save
 
 
 class PeerTft:
@@ -23,8 +23,7 @@ class PeerTft:
             encoder_steps=ENCODER_DAYS,
             decoder_steps=DECODER_DAYS,
             observed=2,
-            known=1,
-            known_categories=tuple(CATEGORIES.values()),
+            known=KNOWN,
             static_categories=(1,),
             outputs=len(QUANTILES),
             d_model=budget.d_model,
