@@ -156,10 +156,10 @@ def account_rows(portfolio: Portfolio) -> tuple[list[str], list[list[str]]]:
     lines = (portfolio.model, *portfolio.baselines.values(), portfolio.always_on, portfolio.buy_and_hold)
     rows = [_account_row(line.name, line.performance) for line in lines]
     rows += [
-        _account_row(f"model, {slippage * 10_000:.0f} bp slippage", performance)
+        _account_row(f"slippage {slippage * 10_000:.0f} bp", performance)
         for slippage, performance in portfolio.slippage.items()
     ]
-    rows.append(_account_row("model, stops slide", portfolio.stress))
+    rows.append(_account_row("stops slide", portfolio.stress))
     return titles, rows
 
 
