@@ -22,8 +22,9 @@ from perpcast.evaluation.report import (
     RunReport,
     Stage,
 )
-from perpcast.evaluation.scores import REGIMES, Evaluation, Windows, evaluate
+from perpcast.evaluation.scores import REGIMES, Evaluation, evaluate
 from perpcast.evaluation.threshold import ThresholdChoice, choose_threshold
+from perpcast.evaluation.windows import Windows
 from perpcast.exit_policy import label_sides
 from perpcast.market import SIDES
 from perpcast.timeframe import DAY_MS
@@ -65,8 +66,7 @@ def forecast(windows: Windows, skill: float, seed: int) -> dict[str, np.ndarray]
 
 def scored(windows: Windows, model: Mapping[str, np.ndarray]) -> tuple[Evaluation, ThresholdChoice]:
     """The model beside a constant and a weak forecast; its threshold is chosen on the same windows, which is a lie."""
-    arguments = windows.bars_held, windows.symbol, windows.open_time_ms, windows.step_ms
-    choice = choose_threshold(model, windows.realised, *arguments)
+    choice = choose_threshold(model, windows)
     outputs = {f"{side}_mean": values for side, values in model.items()}
     for side, label in windows.realised.items():
         outputs |= {f"{side}_q{round(q * 100)}": np.full(len(label), np.quantile(label, q)) for q in QUANTILES}

@@ -26,6 +26,7 @@ from perpcast.evaluation.certificate import (
 )
 from perpcast.evaluation.splits import TimeSplit, split_by_time
 from perpcast.evaluation.threshold import choose_threshold
+from perpcast.evaluation.windows import Windows
 from perpcast.features.scaler import Scaler
 from perpcast.outputs import OutputReading
 from perpcast.task import Task
@@ -177,15 +178,16 @@ def test_threshold_chosen_on_v2_passes_and_on_test_fails() -> None:
     }
     lasted = {side: rng.integers(1, 6, rows) for side in ("buy", "sell")}
 
-    def windows(part: slice) -> tuple[Any, ...]:
-        columns = [{side: each[side][part] for side in each} for each in (predicted, realised, lasted)]
-        return (*columns, np.zeros(rows, int)[part], times[part], STEP)
+    whole = Windows(("A",), np.zeros(rows, int), times, realised, lasted, STEP)
 
-    v2, test = slice(0, 700), slice(900, rows)
-    chosen = choose_threshold(*windows(v2)).threshold
-    on_test = choose_threshold(*windows(test)).threshold
-    assert check_threshold(chosen, *windows(v2)).passed
-    check = check_threshold(on_test, *windows(v2))
+    def part(rows: np.ndarray) -> tuple[dict[str, np.ndarray], Windows]:
+        return {side: values[rows] for side, values in predicted.items()}, whole[rows]
+
+    v2, test = np.arange(700), np.arange(900, rows)
+    chosen = choose_threshold(*part(v2)).threshold
+    on_test = choose_threshold(*part(test)).threshold
+    assert check_threshold(chosen, *part(v2)).passed
+    check = check_threshold(on_test, *part(v2))
     assert not check.passed
     assert check.detail == f"chosen again on V2 it is {chosen:+.6%}, frozen was {on_test:+.6%}"
 

@@ -10,7 +10,7 @@ from perpcast.backtest import MarketPanel, Terms, backtest
 from perpcast.errors import DataError
 from perpcast.evaluation.performance import performance_of
 from perpcast.evaluation.portfolio import Portfolio, evaluate_portfolio, paired_gain, score_grid, with_slippage
-from perpcast.evaluation.scores import Windows
+from perpcast.evaluation.windows import Windows
 from perpcast.exit_policy import label_sides
 from perpcast.market import SIDES
 from tests.live_world import BEGIN, STEP

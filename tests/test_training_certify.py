@@ -161,9 +161,8 @@ def guess(dataset: Dataset, split: str) -> dict[str, np.ndarray]:
 
 
 def chosen(dataset: Dataset, split: str, predicted: dict[str, np.ndarray]) -> float:
-    w = dataset.windows(split)
     means: dict[str, np.ndarray] = {side: predicted[f"{side}_mean"] for side in SIDES}
-    return choose_threshold(means, w.realised, w.bars_held, w.symbol, w.open_time_ms, w.step_ms).threshold
+    return choose_threshold(means, dataset.windows(split)).threshold
 
 
 def certificate_of(dataset: Dataset) -> Certificate:

@@ -113,8 +113,7 @@ def add_model(
 
 
 def threshold(dataset: Dataset, predicted: dict[str, np.ndarray]) -> float:
-    v2 = dataset.windows("v2")
-    return choose_threshold(predicted, v2.realised, v2.bars_held, v2.symbol, v2.open_time_ms, v2.step_ms).threshold
+    return choose_threshold(predicted, dataset.windows("v2")).threshold
 
 
 def parts(dataset: Dataset, chosen: float, certified: bool) -> BundleParts:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from perpcast.evaluation import plots
 from perpcast.evaluation.explanation import Explanation
-from perpcast.evaluation.scores import Windows
+from perpcast.evaluation.windows import Windows
 from perpcast.market import SIDES
 from perpcast.training.pictures import (
     Look,

@@ -16,6 +16,7 @@ from perpcast.errors import MissingInputError
 from perpcast.evaluation.metrics import rank_ic_by_day
 from perpcast.evaluation.splits import SPLITS, TimeSplit
 from perpcast.evaluation.threshold import choose_threshold
+from perpcast.evaluation.windows import Windows
 from perpcast.features.scaler import Scaler
 from perpcast.market import SIDES
 from perpcast.outputs import OutputReading, ProfitReading, platt_scaling
@@ -208,17 +209,9 @@ def _moved_by_platt(given: np.ndarray, profit: np.ndarray) -> float:
     return float(np.max(np.abs(1 / (1 + np.exp(-slope * logit - intercept)) - given)))
 
 
-def check_threshold(
-    threshold: float,
-    predicted: Mapping[str, np.ndarray],
-    realised: Mapping[str, np.ndarray],
-    bars_held: Mapping[str, np.ndarray],
-    symbol: np.ndarray,
-    open_time_ms: np.ndarray,
-    step_ms: int,
-) -> Check:
-    """The frozen threshold is the one chosen on these windows, those of V2; arrays as for `choose_threshold`."""
-    again = choose_threshold(predicted, realised, bars_held, symbol, open_time_ms, step_ms).threshold
+def check_threshold(threshold: float, predicted: Mapping[str, np.ndarray], windows: Windows) -> Check:
+    """The frozen threshold is the one that expected returns by side choose on these windows, those of V2."""
+    again = choose_threshold(predicted, windows).threshold
     detail = f"chosen again on V2 it is {again:+.6%}, frozen was {threshold:+.6%}"
     return Check("threshold", abs(again - threshold) <= 1e-12, detail)
 

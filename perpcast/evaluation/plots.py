@@ -20,8 +20,9 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.ticker import FixedLocator, Formatter, Locator, MaxNLocator, PercentFormatter
 
 from perpcast.evaluation.certificate import NullScore
-from perpcast.evaluation.scores import Evaluation, ProfitScores, Score, Windows, daily_rank_ic
+from perpcast.evaluation.scores import Evaluation, ProfitScores, Score, daily_rank_ic
 from perpcast.evaluation.threshold import ThresholdChoice
+from perpcast.evaluation.windows import Windows
 from perpcast.market import SIDES
 from perpcast.timeframe import DAY_MS
 

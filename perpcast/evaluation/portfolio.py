@@ -17,7 +17,8 @@ from perpcast.evaluation.performance import (
     performance_of,
     probabilistic_sharpe_ratio,
 )
-from perpcast.evaluation.scores import Score, Windows
+from perpcast.evaluation.scores import Score
+from perpcast.evaluation.windows import Windows
 from perpcast.exit_policy import label_sides
 from perpcast.market import SIDES, Instrument
 from perpcast.timeframe import format_time

@@ -10,38 +10,9 @@ import pandas as pd
 from perpcast.evaluation import metrics
 from perpcast.evaluation.bootstrap import MEAN_BLOCK_DAYS, confidence_interval, sums_by_day
 from perpcast.evaluation.threshold import Trades, take_trades
+from perpcast.evaluation.windows import Windows
 from perpcast.market import SIDES
 from perpcast.timeframe import DAY_MS
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows of one span with what came true: arrays [n], one row for a symbol's signal bar."""
-
-    symbols: tuple[str, ...]
-    symbol: np.ndarray  # int, index into `symbols`
-    open_time_ms: np.ndarray  # int64
-    realised: Mapping[str, np.ndarray]  # by side, net return of the trade, a fraction
-    bars_held: Mapping[str, np.ndarray]  # by side
-    step_ms: int
-
-    def __len__(self) -> int:
-        return len(self.symbol)
-
-    @property
-    def day(self) -> np.ndarray:
-        """Number of the UTC day since the epoch."""
-        return self.open_time_ms // DAY_MS
-
-    def __getitem__(self, rows: np.ndarray) -> "Windows":
-        return Windows(
-            self.symbols,
-            self.symbol[rows],
-            self.open_time_ms[rows],
-            {side: values[rows] for side, values in self.realised.items()},
-            {side: values[rows] for side, values in self.bars_held.items()},
-            self.step_ms,
-        )
 
 
 @dataclass(frozen=True)
@@ -302,15 +273,7 @@ def _scorecard(name: str, windows: Windows, tested: _Tested, threshold: float, s
         scores[metric] = Score(float(statistic(tested.sums.sum(axis=0))), *interval)
     scores["rank_ic"] = _mean_score(tested.rank_ic.index.to_numpy(), tested.rank_ic.to_numpy(), seed)
     scores["rank_ic_symbol"] = Score(float(tested.rank_ic_by_symbol.mean()))
-    trades = take_trades(
-        tested.predicted,
-        windows.realised,
-        windows.bars_held,
-        windows.symbol,
-        windows.open_time_ms,
-        windows.step_ms,
-        threshold,
-    )
+    trades = take_trades(tested.predicted, windows, threshold)
     day = windows.day[trades.row]
     scores["trades"] = Score(float(len(trades)))
     scores["trade_return"] = _mean_score(day, trades.earned, seed)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from perpcast.evaluation.windows import Windows
 from perpcast.market import SIDES
 
 MIN_TRADES = 30
@@ -51,26 +52,19 @@ class ThresholdChoice:
         }
 
 
-def take_trades(
-    predicted: Mapping[str, np.ndarray],
-    realised: Mapping[str, np.ndarray],
-    bars_held: Mapping[str, np.ndarray],
-    symbol: np.ndarray,
-    open_time_ms: np.ndarray,
-    step_ms: int,
-    threshold: float,
-) -> Trades:
+def take_trades(predicted: Mapping[str, np.ndarray], windows: Windows, threshold: float) -> Trades:
     """Trades of the better side where its predicted net return is above `threshold`, one position per symbol.
 
     A trade of signal bar t that was held h bars ended inside bar t + h: the symbol may enter again on that bar's
     signal. Equal sizes, no limit across symbols: portfolio, funding and sizes are the backtest's business.
     """
+    symbol, open_time_ms = windows.symbol, windows.open_time_ms
     forecast = np.stack([predicted[side] for side in SIDES])
     best = np.argmax(forecast, axis=0)  # of equals the first: buy before sell
     rows = np.flatnonzero(np.take_along_axis(forecast, best[None], axis=0)[0] > threshold)
     rows = rows[np.lexsort((open_time_ms[rows], symbol[rows]))]
-    held = np.stack([bars_held[side] for side in SIDES])[best[rows], rows].astype(np.int64)
-    ends = open_time_ms[rows] + held * step_ms
+    held = np.stack([windows.bars_held[side] for side in SIDES])[best[rows], rows].astype(np.int64)
+    ends = open_time_ms[rows] + held * windows.step_ms
     taken: list[int] = []
     starts = np.flatnonzero(np.diff(symbol[rows], prepend=-1))
     for start, stop in pairwise([*starts.tolist(), len(rows)]):
@@ -82,17 +76,13 @@ def take_trades(
     chosen = rows[taken]
     chosen = chosen[np.lexsort((symbol[chosen], open_time_ms[chosen]))]
     side = best[chosen].astype(np.int8)
-    earned = np.stack([realised[name] for name in SIDES])[side, chosen]
+    earned = np.stack([windows.realised[name] for name in SIDES])[side, chosen]
     return Trades(chosen, side, earned)
 
 
 def choose_threshold(
     predicted: Mapping[str, np.ndarray],
-    realised: Mapping[str, np.ndarray],
-    bars_held: Mapping[str, np.ndarray],
-    symbol: np.ndarray,
-    open_time_ms: np.ndarray,
-    step_ms: int,
+    windows: Windows,
     *,
     min_trades: int = MIN_TRADES,
     points: int = 25,
@@ -109,10 +99,7 @@ def choose_threshold(
         # Dense where few trades are left: the last percent matters as much as the first half.
         shares = 1 - np.geomspace(1, min(1.0, min_trades / len(hopeful)), points)
         candidates = sorted({0.0, *(float(value) for value in np.quantile(hopeful, shares))})
-    curve = tuple(
-        _point(value, take_trades(predicted, realised, bars_held, symbol, open_time_ms, step_ms, value))
-        for value in candidates
-    )
+    curve = tuple(_point(value, take_trades(predicted, windows, value)) for value in candidates)
     enough = [point for point in curve if point.trades >= min_trades]
     chosen = max(enough, key=lambda point: point.total_return, default=curve[0])
     return ThresholdChoice(chosen.threshold, chosen, curve)

@@ -8,6 +8,7 @@ Market side only; matching and orders move in later. Bybit's field names are wri
     market     what every market offers, and what of it is visible at an instant
     recorded   a market of parquet files
     synthetic  a seeded market, with an optional planted edge
+    oracle     what there is to know of a synthetic market's coming trades
     wire       Bybit's byte shapes
     signing    the check of signed requests
     rest, stream  the endpoints and the public WebSocket

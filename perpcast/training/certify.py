@@ -91,15 +91,7 @@ def certify_model(
         _check_training_rows(dataset, trained_on),
         check_reading(reading, dataset.targets(trained_on)),
         check_calibration(probability, windows.realised),
-        check_threshold(
-            threshold,
-            means,
-            windows.realised,
-            windows.bars_held,
-            windows.symbol,
-            windows.open_time_ms,
-            windows.step_ms,
-        ),
+        check_threshold(threshold, means, windows),
     )
     return dataset.certificate.extended(checks, rank_ic if np.isfinite(rank_ic) else None)
 

@@ -23,8 +23,8 @@ import numpy as np
 from perpcast.database import Database, TrainingSequence, read_candles, read_processed, replace_training_sequences
 from perpcast.errors import DataError, MissingInputError, PerpcastError
 from perpcast.evaluation.certificate import Certificate
-from perpcast.evaluation.scores import Windows
 from perpcast.evaluation.splits import SPLITS, TimeSplit, label_overlaps, rows_of_windows, split_by_time
+from perpcast.evaluation.windows import Windows
 from perpcast.exit_policy import LABEL_VERSION, ExitPolicy, label_sides
 from perpcast.features.indicators import FEATURE_SET
 from perpcast.features.inputs import KNOWN, OBSERVED, known_inputs, observed_inputs

@@ -12,7 +12,7 @@ import numpy as np
 from perpcast.database import Database, read_predictions, replace_predictions
 from perpcast.errors import MissingInputError
 from perpcast.evaluation.baselines import BaselineInputs, fit_baselines
-from perpcast.evaluation.scores import Evaluation, Windows, evaluate, volatility_regimes
+from perpcast.evaluation.scores import Evaluation, evaluate, volatility_regimes
 from perpcast.evaluation.threshold import ThresholdChoice, choose_threshold
 from perpcast.market import SIDES
 from perpcast.outputs import ProfitReading
@@ -46,8 +46,8 @@ def judge(dataset: Dataset, predicted: Mapping[str, Predictions], seed: int) -> 
     inputs = baseline_inputs(dataset)
     fitted = fit_baselines(inputs)
     before, now = ({each.name: each.predict(inputs, split) for each in fitted} for split in JUDGED)
-    choice = _choose(v2, {side: predicted["v2"][f"{side}_mean"] for side in SIDES})
-    thresholds = {name: _choose(v2, by_side).threshold for name, by_side in before.items()}
+    choice = choose_threshold({side: predicted["v2"][f"{side}_mean"] for side in SIDES}, v2)
+    thresholds = {name: choose_threshold(by_side, v2).threshold for name, by_side in before.items()}
     realised = dataset.windows("train").realised
     profits = [target.name for target in targets if target.kind == "classification"]
     evaluation = evaluate(
@@ -79,10 +79,6 @@ def baseline_inputs(dataset: Dataset) -> BaselineInputs:
         lookback=dataset.task.lookback,
         symbols=len(dataset.task.symbols),
     )
-
-
-def _choose(v2: Windows, means: Mapping[str, np.ndarray]) -> ThresholdChoice:
-    return choose_threshold(means, v2.realised, v2.bars_held, v2.symbol, v2.open_time_ms, v2.step_ms)
 
 
 def _probability(before: np.ndarray, realised: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from perpcast.evaluation.plots import (
     training_curve,
     variable_importance,
 )
-from perpcast.evaluation.scores import Windows
+from perpcast.evaluation.windows import Windows
 from perpcast.market import SIDES
 
 # Bins of the reliability curve, between the lowest and the highest probability; in a bin of less than this share of
