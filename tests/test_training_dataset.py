@@ -18,6 +18,7 @@ from perpcast.market import SIDES, CandleSeries, Side
 from perpcast.prepare import prepare
 from perpcast.task import Task
 from perpcast.training.dataset import Dataset, build_dataset, classification_task, load_dataset, regression_task
+from perpcast.training.outcome import baseline_inputs
 
 STEP = 900_000
 START = 1_700_000_100_000 // STEP * STEP
@@ -94,7 +95,7 @@ def test_dataset_inputs_are_those_of_the_runner(
     change = series.close[1:] / series.close[:-1] - 1
     rows = dataset.index["test"]
     first = rows[dataset.symbol[rows] == 0]
-    assert dataset.last_change("test")[: len(first)] == pytest.approx(change[first - 1], rel=1e-5)
+    assert baseline_inputs(dataset).last_change("test")[: len(first)] == pytest.approx(change[first - 1], rel=1e-5)
 
 
 def test_scaler_knows_training_rows_alone(database: Database, candles: dict[str, CandleSeries], tmp_path: Path) -> None:

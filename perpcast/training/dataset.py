@@ -92,11 +92,6 @@ class Dataset:
         observed = len(self.task.observed)
         return windows[..., :observed], windows[..., observed:]
 
-    def last_change(self, split: str) -> np.ndarray:
-        """Price change of the signal bars, for the baselines: float64 [windows]."""
-        column = self.task.observed.index("price_change_1")
-        return self.inputs[self.index[split], column].astype(np.float64)
-
     @cached_property
     def sequences(self) -> tuple[TrainingSequence, ...]:
         """Contiguous ranges of valid windows, for `training_sequences`."""
