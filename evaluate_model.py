@@ -18,7 +18,8 @@ from perpcast.errors import MissingInputError
 if TYPE_CHECKING:
     from perpcast.training.fold_scores import FoldKind
 
-SCORES = ("rank_ic", "saved")
+# Of a fold, with the titles of their columns.
+SCORES = {"rank_ic": "rank IC", "saved": "error saved"}
 
 
 @click.command()
@@ -80,20 +81,16 @@ def show_folds(settings: Settings, database: Database, kind: "FoldKind") -> None
         console.print(f"fold {number}: " + "; ".join(fold.instants()))
     with progress_bar("folds") as on_progress:
         found = score_folds(dataset, folds, on_progress)
-    names = list(found[0].rank_ic)
-    rows = [
-        [f"{number}", f"{each.windows:,}", *(f"{each.rank_ic[name]:+.3f}" for name in names)]
-        + [f"{each.saved[name]:+.2%}" for name in names]
-        for number, each in enumerate(found, 1)
-    ]
-    for title, statistic in (("mean", np.mean), ("spread", np.std)):
-        values = [statistic([getattr(each, score)[name] for each in found]) for score in SCORES for name in names]
-        rows.append(
-            [title, "", *(f"{v:+.3f}" for v in values[: len(names)]), *(f"{v:+.2%}" for v in values[len(names) :])]
-        )
+    names = list(found[0].rank_ic)[1:]  # the constant ranks nothing, and is what error is saved on
+    columns = [(f"{name} {title}", score, name) for score, title in SCORES.items() for name in names]
+    values = np.array([[getattr(each, score)[name] for _, score, name in columns] for each in found])
+    starts = [(str(number), f"{each.windows:,}") for number, each in enumerate(found, 1)]
+    lines = zip(
+        [*starts, ("mean", ""), ("spread", "")], [*values, values.mean(axis=0), values.std(axis=0)], strict=True
+    )
     show_table(
-        ["fold", "windows", *(f"{name}: rank IC" for name in names), *(f"{name}: error saved" for name in names)],
-        [[("-" if cell == "+nan" else cell) for cell in row] for row in rows],
+        ["fold", "windows", *(title for title, *_ in columns)],
+        [[*start, *(f"{value:+.4f}" if np.isfinite(value) else "-" for value in line)] for start, line in lines],
     )
     console.print(f"{len(found)} {kind} folds, purge {dataset.split.purge} bars; the test span was not looked at")
 
