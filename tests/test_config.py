@@ -50,7 +50,7 @@ def test_overlay_changes_only_what_it_names() -> None:
         load_settings([ROOT / "config.yaml"]),
         load_settings([ROOT / "config.yaml", ROOT / "config.demo.yaml"]),
     )
-    assert (demo.model.d_model, len(demo.data_download.symbols), demo.data_download.days) == (32, 12, 180)
+    assert (demo.model.d_model, len(demo.data_download.symbols), demo.data_download.days) == (32, 12, 545)
     assert demo.risk_profile == plain.risk_profile
     assert demo.model.sequence_length == plain.model.sequence_length
 
