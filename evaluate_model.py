@@ -12,7 +12,7 @@ import numpy as np
 
 from perpcast.command_line import console, open_database, progress_bar, show_table, stage
 from perpcast.config import Settings
-from perpcast.database import Database, read_models
+from perpcast.database import Database, ModelRecord, read_models
 from perpcast.errors import MissingInputError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(settings: Settings, model_id: str | None, folds: "FoldKind | None") -> 
         if folds is not None:
             show_folds(settings, database, folds)
             return
-        model_id = model_id or newest(database)
+        model_id = model_id or newest(database).model_id
         with console.status("baselines, accounts, intervals"):
             judgement = judge_model(settings, database, model_id, purpose="report", now=datetime.now(UTC))
             page = write_page(settings, database, judgement)
@@ -61,12 +61,12 @@ def main(settings: Settings, model_id: str | None, folds: "FoldKind | None") -> 
     console.print(f"next: python model_registry.py promote {model_id}")
 
 
-def newest(database: Database) -> str:
-    """The id of the newest model."""
+def newest(database: Database) -> ModelRecord:
+    """The newest model. Raises MissingInputError where none is trained yet."""
     models = read_models(database)
     if not models:
         raise MissingInputError("no model trained yet; run: python train_universal_transformer.py")
-    return models[0].model_id
+    return models[0]
 
 
 def show_folds(settings: Settings, database: Database, kind: "FoldKind") -> None:
@@ -74,8 +74,7 @@ def show_folds(settings: Settings, database: Database, kind: "FoldKind") -> None
     from perpcast.training.dataset import load_dataset
     from perpcast.training.fold_scores import make_folds, score_folds
 
-    model = next(each for each in read_models(database) if each.model_id == newest(database))
-    dataset = load_dataset(settings.path("datasets", model.dataset_id))
+    dataset = load_dataset(settings.path("datasets", newest(database).dataset_id))
     folds = make_folds(dataset, kind)
     for number, fold in enumerate(folds, 1):
         console.print(f"fold {number}: " + "; ".join(fold.instants()))

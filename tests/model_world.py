@@ -76,7 +76,7 @@ def small_dataset(path: Path, bars: int = 2000, edge: float = 1.0, seed: int = 3
         task=TASK,
         scaler=Scaler.fit(inputs[index["train"]], (*TASK.observed, *TASK.known)),
         split=split,
-        manifest={"fingerprint": "f" * 64, "universe_as_of": "2023-11-14", "certificate": None},
+        manifest={"fingerprint": "f" * 64, "universe_as_of": "2023-11-14"},
         inputs=inputs,
         symbol=symbol,
         open_time_ms=times,

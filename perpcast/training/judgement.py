@@ -4,7 +4,7 @@ The predictions are those that were stored when it was trained; nothing here run
 champion has not seen yet. Every judgement is a look at the test span, and is counted as one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -32,7 +32,7 @@ from perpcast.evaluation.portfolio import Portfolio, evaluate_portfolio, paired_
 from perpcast.evaluation.scores import Score
 from perpcast.evaluation.splits import Span, TimeSplit
 from perpcast.exit_policy import ExitPolicy
-from perpcast.market import SIDES, Instrument
+from perpcast.market import SIDES
 from perpcast.sizing import Sizing
 from perpcast.task import Task
 from perpcast.timeframe import interval_ms
@@ -94,7 +94,7 @@ def trade(settings: Settings, database: Database, dataset: Dataset, outcome: Out
     return evaluate_portfolio(
         market,
         {name: score_grid(windows, predicted, market) for name, predicted in forecasts.items()},
-        _instruments(database, dataset),
+        read_instruments(database),
         trading_terms(settings, dataset, outcome.choice.threshold),
         trials=trials,
         seed=settings.model.seed,
@@ -184,7 +184,7 @@ def _over_champion(
         return Comparison(champion.model_id, Score(np.nan), test, until_ms)  # which `promote` refuses
     theirs, threshold = _champion_predictions(settings, database, champion, dataset, dataset.index["test"][newer])
     ours: dict[str, np.ndarray] = {side: outcome.evaluation.predicted[f"{side}_mean"][newer] for side in SIDES}
-    market, instruments = read_market(database, dataset, span), _instruments(database, dataset)
+    market, instruments = read_market(database, dataset, span), read_instruments(database)
 
     def daily(predicted: Mapping[str, np.ndarray], threshold: float) -> np.ndarray:
         terms = trading_terms(settings, dataset, threshold)
@@ -226,14 +226,3 @@ def _champion_predictions(
             for name in names:
                 found[name][part] = outputs[name]
     return {side: found[f"{side}_mean"] for side in SIDES}, bundle.threshold
-
-
-def _instruments(database: Database, dataset: Dataset) -> dict[str, Instrument]:
-    """The exchange's rules for the dataset's symbols. Raises MissingInputError where one is not stored."""
-    stored = read_instruments(database)
-    missing: Sequence[str] = [symbol for symbol in dataset.task.symbols if symbol not in stored]
-    if missing:
-        raise MissingInputError(
-            f"no instrument rules of {', '.join(missing)}: run download_data.py, which fetches them"
-        )
-    return {symbol: stored[symbol] for symbol in dataset.task.symbols}
