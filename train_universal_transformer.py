@@ -1,7 +1,7 @@
 """Trains one network for all symbols: python train_universal_transformer.py --task regression
 
 Reads config.yaml (dataset, model, risk_profile, fees) and `processed_market_data`; builds the dataset folder
-`datasets/<id>/`, with its leak certificate. Writes checkpoints, history and TensorBoard's events to
+`datasets/<id>/`, with its leak certificate. Writes checkpoints, history, TensorBoard's events and its result to
 logs/training_<model id>/, pictures to plots/<model id>/, the model bundle to trained_model/<model id>/, the report to
 reports/<model id>/, rows of `model_metadata` and `model_predictions`, and an event of the look at the test span.
 """
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from perpcast.training.dataset import Dataset
     from perpcast.training.loop import Trained
     from perpcast.training.outcome import Outcome
+    from perpcast.training.result import Result
 
 GOLDEN_WINDOWS = 3
 # Windows of V1 that the pictures of a training are drawn from, and those of them whose insides are looked at.
@@ -70,7 +71,9 @@ def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool
         if not force and is_complete(settings, database, model_id):
             console.print(f"model {model_id} is trained and exported already (--force trains it again)")
         else:
-            outcome = train_and_export(settings, database, dataset, model_id, resume=resume and not force)
+            going_on = resume and not force
+            result, outcome = make_model(settings, dataset, model_id, resume=going_on, revision=code_revision())
+            register(database, dataset, result)
             judge(settings, database, model_id, outcome)
             console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
         if promote:
@@ -80,8 +83,11 @@ def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool
     console.print("next: python live_runner.py --mode paper      curves: tensorboard --logdir logs")
 
 
-def make_dataset(settings: Settings, database: "Database", kind: str) -> "Dataset":
-    """The dataset folder of what is stored now for a kind of task, built where it does not exist yet."""
+def make_dataset(settings: Settings, database: "Database", kind: str, *, record: bool = True) -> "Dataset":
+    """The dataset folder of what is stored now for a kind of task, built where it does not exist yet.
+
+    `record` is for a database that can be written.
+    """
     from perpcast.exit_policy import ExitPolicy
     from perpcast.market import SIDES
     from perpcast.training.dataset import build_dataset, classification_task, regression_task
@@ -100,6 +106,7 @@ def make_dataset(settings: Settings, database: "Database", kind: str) -> "Datase
             fractions,
             universe_as_of=wanted.universe_as_of,
             max_gap_bars=cut.max_gap_bars,
+            record=record,
             on_progress=on_progress,
         )
     console.print(f"dataset {dataset.dataset_id}, leak certificate passed; purge {dataset.split.purge} bars")
@@ -131,47 +138,60 @@ def is_complete(settings: Settings, database: "Database", model_id: str) -> bool
     return False
 
 
-def train_and_export(
-    settings: Settings, database: "Database", dataset: "Dataset", model_id: str, *, resume: bool
-) -> "Outcome":
-    """The training itself. The row in `model_metadata` comes last: what it names is whole."""
+def make_model(
+    settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool, revision: str | None
+) -> tuple["Result", "Outcome"]:
+    """Trains, scores, certifies and exports; needs no database. The result comes last: what it names is whole."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from perpcast.database import ModelRecord, upsert_model
+    from perpcast.database import ModelRecord
     from perpcast.training.card import Provenance
-    from perpcast.training.outcome import JUDGED, store_predictions
+    from perpcast.training.outcome import JUDGED
     from perpcast.training.outcome import judge as judge_predictions
+    from perpcast.training.result import Result, save_result
 
     trained = train(settings, dataset, model_id, resume=resume)
     predicted = {split: trained.predict(dataset.index[split]) for split in JUDGED}
     with console.status("fitting the baselines, scoring all on the same windows"):
         outcome = judge_predictions(dataset, predicted, settings.model.seed)
     certificate = certify(settings, dataset, trained, outcome, predicted["v2"])
-    store_predictions(database, dataset, model_id, predicted)
     reproduce = f"python train_universal_transformer.py --task {dataset.task.targets[0].kind}"
-    provenance = Provenance(model_id, code_revision(), datetime.now(UTC), reproduce)
+    provenance = Provenance(model_id, revision, datetime.now(UTC), reproduce)
     with console.status("exporting: ONNX, compared with Keras, timed"):
         exported = export(dataset, trained, outcome)
         sha256 = save(settings, dataset, trained, outcome, exported, certificate, provenance)
     scores = outcome.evaluation.to_json()
     model_scores = scores["scores"].pop("model")
-    upsert_model(
-        database,
-        ModelRecord(
-            model_id=model_id,
-            created_at=provenance.created_at,
-            task=dataset.task.to_json(),
-            architecture=settings.model.architecture,
-            parameters={**settings.model.model_dump(mode="json"), "weights": int(trained.network.count_params())},
-            dataset_id=dataset.dataset_id,
-            dataset_fingerprint=dataset.fingerprint,
-            metrics={**scores, "scores": model_scores, "history": dict(trained.history)},
-            baselines=scores["scores"],
-            bundle_path=f"trained_model/{model_id}",
-            bundle_sha256=sha256,
-            code_revision=provenance.code_revision,
-        ),
+    record = ModelRecord(
+        model_id=model_id,
+        created_at=provenance.created_at,
+        task=dataset.task.to_json(),
+        architecture=settings.model.architecture,
+        parameters={**settings.model.model_dump(mode="json"), "weights": int(trained.network.count_params())},
+        dataset_id=dataset.dataset_id,
+        dataset_fingerprint=dataset.fingerprint,
+        metrics={**scores, "scores": model_scores, "history": dict(trained.history)},
+        baselines=scores["scores"],
+        bundle_path=f"trained_model/{model_id}",
+        bundle_sha256=sha256,
+        code_revision=provenance.code_revision,
     )
-    return outcome
+    result = Result(record, predicted)
+    save_result(result_folder(settings, model_id), result)
+    return result, outcome
+
+
+def result_folder(settings: Settings, model_id: str) -> Path:
+    """Where a training leaves its row and its predictions."""
+    return settings.path("logs", f"training_{model_id}", "result")
+
+
+def register(database: "Database", dataset: "Dataset", result: "Result") -> None:
+    """Stores predictions, then the row of `model_metadata`: what that names is whole."""
+    from perpcast.database import upsert_model
+    from perpcast.training.outcome import store_predictions
+
+    store_predictions(database, dataset, result.record.model_id, result.predicted)
+    upsert_model(database, result.record)
 
 
 def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool) -> "Trained":
@@ -297,8 +317,11 @@ def show_epoch(epoch: int, values: Mapping[str, float]) -> None:
     )
 
 
-def judge(settings: Settings, database: "Database", model_id: str, outcome: "Outcome") -> None:
-    """Trades the new model on the test span, shows its scores and accounts, and writes the report."""
+def judge(settings: Settings, database: "Database", model_id: str, outcome: "Outcome | None" = None) -> None:
+    """Trades the new model on the test span, shows its scores and accounts, and writes the report.
+
+    `outcome` are the scores where they are at hand.
+    """
     from perpcast.training.judgement import judge_model
     from perpcast.training.run_report import tables, verdict_of, write_page
 

@@ -207,6 +207,34 @@ class ModelSettings(Section):
         return self
 
 
+class VastSettings(Section):
+    """The machine with a GPU that a training is sent to: one of the user's own, else one that is rented for it."""
+
+    host: Annotated[str, Field(pattern=r"^[^\s@]+@[^\s@]+$")] | None
+    folder: str
+    setup: str
+    device: Literal["gpu", "cpu"]
+    gpu_name: str
+    min_cuda: Annotated[float, Field(gt=0)]
+    min_reliability: Fraction
+    max_price: Annotated[float, Field(gt=0)]
+    disk_gb: Positive
+    image: str
+    max_cost: Annotated[float, Field(gt=0)]
+    max_hours: Annotated[float, Field(gt=0)]
+    start_minutes: Annotated[float, Field(gt=0)]
+    lost_minutes: Annotated[float, Field(gt=0)]
+    fetch_minutes: Annotated[float, Field(gt=0)]
+
+    @field_validator("folder")
+    @classmethod
+    def _is_absolute(cls, folder: str) -> str:
+        # Its contents are made equal to the clone's: it must be a folder of our own.
+        if not folder.startswith("/") or folder.rstrip("/").count("/") < 2:
+            raise ValueError("must be an absolute path of at least two parts, as /workspace/perpcast")
+        return folder
+
+
 class DemoSettings(Section):
     """The market of `run_futures_pipeline.py --demo`."""
 
@@ -234,6 +262,7 @@ class Settings(Section):
     capital: CapitalSettings
     dataset: DatasetSettings
     model: ModelSettings
+    vast: VastSettings
     demo: DemoSettings
     files: tuple[Path, ...] = Field(exclude=True)
 

@@ -67,6 +67,7 @@ from perpcast.database.registry import (
     retire_model,
     rollback,
 )
+from perpcast.database.roles import grant_reader, revoke_reader
 from perpcast.database.server import (
     EmbeddedServer,
     embedded_server,
@@ -102,6 +103,7 @@ __all__ = [
     "exclusive",
     "find_listener",
     "free_port",
+    "grant_reader",
     "migrate",
     "open_engine",
     "plain_errors",
@@ -138,6 +140,7 @@ __all__ = [
     "replace_training_sequences",
     "reset",
     "retire_model",
+    "revoke_reader",
     "rollback",
     "schema_version",
     "stop_server",

@@ -155,9 +155,12 @@ def build_dataset(
     universe_as_of: str,
     max_gap_bars: int = 0,
     purge: int | None = None,
+    record: bool = True,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
-    """Builds `folder/<id>` from the candles, indicators and labels in the database, records and returns it.
+    """Builds `folder/<id>` from the candles, indicators and labels in the database, and returns it.
+
+    `record` stores its windows in `training_sequences`, which somebody who may only read must leave out.
 
     `fractions` are those of the spans in the order of SPLITS. `purge` in bars is the reach of a label, horizon + 1,
     unless given; less is refused. Symbols without a window in the training span are left out of the task: the model
@@ -178,9 +181,10 @@ def build_dataset(
             shutil.rmtree(path, ignore_errors=True)  # one of an older version: this one holds the same, and more
             aside.replace(path)
     dataset = load_dataset(path)
-    replace_training_sequences(
-        database, dataset.dataset_id, dataset.sequences, dataset.fingerprint, dataset.task.to_json()
-    )
+    if record:
+        replace_training_sequences(
+            database, dataset.dataset_id, dataset.sequences, dataset.fingerprint, dataset.task.to_json()
+        )
     return dataset
 
 
