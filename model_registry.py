@@ -142,9 +142,7 @@ def show_table(database: Database, title: str, models: Sequence[ModelRecord]) ->
     from rich.table import Column, Table
 
     words = (Column(name, no_wrap=True) for name in ("model", "state", "trained", "test from"))
-    rented = any("rental" in model.metrics for model in models)
-    titles = ("rank IC", "per trade", "looks", *(["USD"] if rented else []))  # of rented machines
-    numbers = (Column(name, justify="right", no_wrap=True) for name in titles)
+    numbers = (Column(name, justify="right", no_wrap=True) for name in ("rank IC", "per trade", "looks"))
     table = Table(
         *words, *numbers, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
@@ -159,9 +157,13 @@ def show_table(database: Database, title: str, models: Sequence[ModelRecord]) ->
             _score(scores, "rank_ic", "{:+.3f}"),
             _score(scores, "trade_return", "{:+.2%}"),
             "-" if looks is None else f"{looks:,}",
-            *([_bill(model)] if rented else []),
         )
     console.print(table)
+    for model in models:
+        if rental := model.metrics.get("rental"):
+            console.print(
+                f"{model.model_id}: {rental['hours']:.1f} h on a rented {rental['gpu']}, {rental['cost']:.2f} USD"
+            )
 
 
 def promote_model(
@@ -199,11 +201,6 @@ def check_bundle(settings: Settings, model: ModelRecord) -> None:
             f"{found[:12]}; put back the folder of {model.model_id}, or retire it: "
             f"python model_registry.py retire {model.model_id}"
         )
-
-
-def _bill(model: ModelRecord) -> str:
-    """USD that rented machines cost for its training."""
-    return f"{model.metrics['rental']['cost']:.2f}" if "rental" in model.metrics else "-"
 
 
 def _score(scores: Mapping[str, Any], name: str, form: str) -> str:
