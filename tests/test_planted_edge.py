@@ -139,23 +139,28 @@ def soaking(request: pytest.FixtureRequest) -> None:
         pytest.skip("trainings of minutes: make soak")
 
 
-@pytest.mark.soak(3)
 def test_network_recovers_four_fifths_of_what_the_oracle_knows(
-    soaking: None, database: Database, tmp_path: Path, seed: int
+    soaking: None, database: Database, tmp_path: Path
 ) -> None:
-    made = planted(database, tmp_path, seed, STRONG, MONTHS, every=16)
-    predicted = demo_predictions(made.dataset, tmp_path / "run")
-    attainable, found = made.attainable(), daily_rank_ic(made.dataset.windows("test"), means(predicted["test"]))
-    # In pairs, day by day on the same windows: the weather of a day is in both.
-    spare = found - 0.8 * attainable
-    told = (
-        f"rank IC {found.mean():.4f} of {attainable.mean():.4f} (block error {block_error(attainable):.4f}), "
-        f"{found.mean() / attainable.mean():.3f} of it; spare {spare.mean():.4f}, block error {block_error(spare):.4f}"
-    )
-    print(told)
-    assert 0.15 <= attainable.mean() <= 0.25, told
-    assert block_error(attainable) <= 0.01, told
-    assert spare.mean() >= 0, told
+    """Over three markets together; on none of them is it clearly below."""
+    spares = []
+    for seed in range(3):
+        made = planted(database, tmp_path, seed, STRONG, MONTHS, every=16)
+        predicted = demo_predictions(made.dataset, tmp_path / "run")
+        attainable, found = made.attainable(), daily_rank_ic(made.dataset.windows("test"), means(predicted["test"]))
+        # In pairs, day by day on the same windows: the weather of a day is in both.
+        spare = found - 0.8 * attainable
+        told = (
+            f"seed {seed}: rank IC {found.mean():.4f} of {attainable.mean():.4f} (block error "
+            f"{block_error(attainable):.4f}), {found.mean() / attainable.mean():.3f} of it; spare {spare.mean():.4f}, "
+            f"block error {block_error(spare):.4f}"
+        )
+        print(told)
+        assert 0.15 <= attainable.mean() <= 0.25, told
+        assert block_error(attainable) <= 0.01, told
+        assert spare.mean() + 2 * block_error(spare) >= 0, told
+        spares.append(spare.mean())
+    assert np.mean(spares) >= 0, spares
 
 
 def test_network_finds_none_where_there_is_none(soaking: None, database: Database, tmp_path: Path) -> None:
