@@ -422,8 +422,13 @@ def _without_nan(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _verdict(model: Scorecard, gains_over: Mapping[str, Mapping[str, Score]]) -> Verdict:
-    """An edge is what the intervals show against every baseline; money is the backtest's business."""
+    """An edge is what the intervals show against every baseline; money is the backtest's business.
+
+    Baselines are off by the drift of their training span. A model that is off by less saves squared error on them
+    without knowing anything, so accuracy also asks for more than any constant would have had, chosen in hindsight: R2.
+    """
     lower = {name: [gains[name].lower for gains in gains_over.values()] for name in GAINS}
+    lower["squared_error_saved"].append(model.scores["r2"].lower)
     accurate, ranking = (all(bound > 0 for bound in lower[name]) for name in GAINS)
     if all(np.isnan(bound) for bounds in lower.values() for bound in bounds):
         return Verdict("none", "No edge found: too few days to tell the model from its baselines.")
