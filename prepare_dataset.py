@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from perpcast.command_line import console, open_database, progress_bar, stage
 from perpcast.config import Settings
-from perpcast.database import Database, read_candle_gaps, read_candle_spans, read_candles, read_processed
+from perpcast.database import Database, read_candle_gaps, read_candle_spans, read_candles, read_processed, refresh_bi
 from perpcast.errors import MissingInputError, PerpcastError
 from perpcast.exit_policy import EXIT_REASONS, ExitPolicy
 from perpcast.features.indicators import CANDLES_49
@@ -60,8 +60,12 @@ def main(settings: Settings, check: bool) -> None:
         gaps = read_gap_bars(database, [each.symbol for each in prepared])
         _report(wanted.symbols, prepared, gaps, time.monotonic() - begun)
         page = settings.path("reports", "dataset", "index.html")
-        if any(each.bars_written for each in prepared) or not page.exists():
+        has_written = any(each.bars_written for each in prepared)
+        if has_written or not page.exists():
             _write_page(database, settings, prepared, gaps, page.parent)
+        if has_written:
+            with console.status("bringing the dashboards' summaries up to date"):
+                refresh_bi(database, "processed_market_data")
     console.print(f"report: {page}")
     console.print("next: python train_universal_transformer.py --task regression")
 

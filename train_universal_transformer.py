@@ -187,11 +187,13 @@ def result_folder(settings: Settings, model_id: str) -> Path:
 
 def register(database: "Database", dataset: "Dataset", result: "Result") -> None:
     """Stores predictions, then the row of `model_metadata`: what that names is whole."""
-    from perpcast.database import upsert_model
+    from perpcast.database import refresh_bi, upsert_model
     from perpcast.training.outcome import store_predictions
 
     store_predictions(database, dataset, result.record.model_id, result.predicted)
     upsert_model(database, result.record)
+    with console.status("bringing the dashboards' summaries up to date"):
+        refresh_bi(database, "model_predictions")
 
 
 def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool) -> "Trained":

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import backtest, download, inference, prepare, training
+from benchmarks import backtest, download, inference, prepare, questions, training
 from perpcast.config import load_settings
 from perpcast.exit_policy import ExitPolicy, label_sides
 from perpcast.features.indicators import compute_indicators
@@ -181,6 +181,7 @@ def main() -> None:
         ("download (two minutes)", download.measure),
         ("backtest (a minute)", backtest.measure),
         ("prediction (three minutes)", inference.measure),
+        ("dashboards (five minutes)", questions.measure),
         ("training (fifteen minutes)", training.measure),
     ):
         with console.status(f"measuring: {title}"):

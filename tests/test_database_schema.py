@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from perpcast.database import (
     Database,
@@ -66,12 +67,14 @@ SHAPE = {
     "WHERE table_schema = 'public'",
     "constraints": "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint "
     "WHERE connamespace = 'public'::regnamespace",
-    "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+    "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname IN ('public', 'bi')",
+    "views": "SELECT relname, relkind, pg_get_viewdef(oid), obj_description(oid) FROM pg_class "
+    "WHERE relnamespace = 'bi'::regnamespace AND relkind IN ('v', 'm')",
 }
 
 
 def shape(engine: Database) -> dict[str, list[str]]:
-    """Columns, constraints and indexes, without regard to the order of columns."""
+    """Columns, constraints, indexes and views, without regard to the order of columns."""
     with engine.connect() as connection:
         return {name: sorted(repr(row) for row in connection.execute(text(query))) for name, query in SHAPE.items()}
 
@@ -136,6 +139,26 @@ def test_older_schema_is_refused_then_migrated_and_keeps_its_rows(database: Data
     assert read_row_counts(database)["candle_gaps"] == 1
 
 
+def test_views_follow_a_migration_that_changes_what_they_read(database: Database) -> None:
+    def rebuild(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE candle_gaps ALTER COLUMN bars TYPE bigint"))
+
+    def views() -> list[str]:
+        return shape(database)["views"]
+
+    before = views()
+    with (
+        pytest.raises(DBAPIError, match="cannot alter type of a column used by a view"),
+        database.begin() as connection,
+    ):
+        rebuild(connection)
+    assert migrate(database, (*MIGRATIONS, Migration("longer gaps", rebuild))) == ["longer gaps"]
+    assert len(views()) == len(before) > 20
+    with pytest.raises(RuntimeError, match="killed half-way"):
+        migrate(database, (*MIGRATIONS, Migration("longer gaps", rebuild), BROKEN))
+    assert len(views()) == len(before)
+
+
 def test_newer_schema_is_refused_and_left_alone(database: Database) -> None:
     migrate(database, (*MIGRATIONS, NEXT))
     for attempt in (check_schema, migrate):
@@ -180,7 +203,9 @@ def test_reset_empties_our_tables_and_leaves_others(database: Database, migratio
     with database.begin() as connection:
         connection.execute(text("INSERT INTO funding_rates VALUES ('BTCUSDT', now(), 0.0001)"))
         connection.execute(text("CREATE TABLE diary (mine int)"))
+    before = shape(database)["views"]
     reset(database)
     check_schema(database)
+    assert shape(database)["views"] == before
     assert read_row_counts(database)["funding_rates"] == 0
     assert columns(database, "diary") == {"mine"}

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from metabase.questions import bound_sql, load_dashboards
 from perpcast.bundle import load_bundle
 from perpcast.database import (
     Database,
@@ -28,6 +29,7 @@ from perpcast.database import (
     read_models,
     read_predictions,
     read_processed,
+    read_question,
 )
 from perpcast.simulator.clock import RunningClock
 from perpcast.simulator.recorded import RecordedMarket
@@ -160,3 +162,12 @@ def test_recorded_candles_pass_through_every_stage(world: World) -> None:
     said, _ = read_predictions(world.database, model.model_id, "BTCUSDT", ("buy_mean",))
     assert {to_ms(bar.time) for bar in equity} <= set(said.tolist())
     assert read_events(world.database, run)[0].kind == "session"
+
+    # Every question of the dashboards has an answer, most of them rows, from what these stages left.
+    answered = {
+        question.key: read_question(world.database, *bound_sql(question, {}))
+        for dashboard in load_dashboards()
+        for question in dashboard.questions
+    }
+    assert sum(len(answer) > 0 for answer in answered.values()) > len(answered) / 2
+    assert answered["equity"]["equity"].iloc[-1] == equity[-1].equity

@@ -144,7 +144,7 @@ def test_verdict_accurate_where_all_rank_alike() -> None:
 def test_verdict_a_better_constant_is_no_edge() -> None:
     """Labels of pure noise, a deviation of 1 %: who was off by 0.2 % loses 4 % of the squared error to who was not."""
     windows, state = synthetic(edge=0.0)
-    off = {side: np.full(len(state), 0.002) for side in SIDES}
+    off: dict[str, np.ndarray] = {side: np.full(len(state), 0.002) for side in SIDES}
     nearly_nothing = {f"{side}_mean": 1e-5 * state for side in SIDES}
     evaluation = evaluate(windows, nearly_nothing, {"constant": off}, 0.0, seed=7)
     assert evaluation.gains["squared_error_saved"].lower > 0.01

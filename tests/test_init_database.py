@@ -2,17 +2,27 @@
 
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from dotenv import dotenv_values
 
-from init_database import main
+from init_database import ADMIN_EMAIL, GENERATED, main
 from perpcast.command_line import open_database
 from perpcast.config import Settings, load_settings
-from perpcast.database import DatabaseAddress, embedded_server, free_port, read_row_counts, remove_server
+from perpcast.database import (
+    DatabaseAddress,
+    embedded_server,
+    free_port,
+    open_engine,
+    read_row_counts,
+    remove_server,
+)
+from perpcast.database.bi import BI_ROLE, METABASE
 from perpcast.errors import DatabaseUnavailableError, PerpcastError
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +91,72 @@ def test_prepare_status_reset_stop(overlay: Path, monkeypatch: pytest.MonkeyPatc
     assert run(overlay, "--reset", answer="y\n").exit_code == 2, "nothing is started only to be dropped"
 
 
+def test_metabase_gets_its_database_roles_and_secrets_once(overlay: Path, tmp_path: Path) -> None:
+    """The configuration lies in a folder of its own, and so do the secrets."""
+    settings = load_settings([write_whole(overlay, tmp_path)])
+    path = tmp_path / "metabase" / ".env"
+    first = run_in(tmp_path, "--metabase")
+    assert (first.exit_code, first.stderr) == (0, "")
+    assert "next: docker compose up -d (in the folder metabase), then: python -m metabase provision" in first.stdout
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    made = dotenv_values(path)
+    assert made.keys() == {"METABASE_DB_HOST", "METABASE_DB_PORT", "METABASE_ADMIN_EMAIL", *GENERATED}
+    assert (made["METABASE_DB_PORT"], made["METABASE_ADMIN_EMAIL"]) == (str(settings.database.port), ADMIN_EMAIL)
+    assert len({made[name] for name in GENERATED}) == len(GENERATED)
+    for name in GENERATED:
+        assert re.fullmatch(r"(?=.*\d)[0-9a-f]{32}", made[name] or ""), (
+            "docker compose reads $ and quotes in its own way"
+        )
+        assert (made[name] or "") not in first.stdout
+    may_log_in(settings, BI_ROLE, settings.database.name, made["PERPCAST_BI_PASSWORD"])
+    may_log_in(settings, METABASE, METABASE, made["METABASE_DB_PASSWORD"])
+
+    # A second time nothing changes; a line of the user's own stays, one that he took out comes back.
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("METABASE_DB_PASSWORD")]
+    path.write_text("\n".join([*kept, "# mine", "METABASE_IMAGE_TAG=v0.64.1.5"]))
+    again = run_in(tmp_path, "--metabase")
+    assert again.exit_code == 0
+    after = dotenv_values(path)
+    changed = {key for key in after if after[key] != made.get(key)}
+    assert changed == {"METABASE_DB_PASSWORD", "METABASE_IMAGE_TAG"}
+    assert "# mine" in path.read_text()
+    may_log_in(settings, METABASE, METABASE, after["METABASE_DB_PASSWORD"])
+
+
+def test_role_of_the_dashboards_is_made_where_its_password_is_given(overlay: Path, tmp_path: Path) -> None:
+    settings = load_settings([write_whole(overlay, tmp_path)])
+    assert run_in(tmp_path).exit_code == 0
+    with open_database(settings) as database, database.connect() as connection:
+        known = connection.exec_driver_sql(f"SELECT count(*) FROM pg_roles WHERE rolname = '{BI_ROLE}'").scalar_one()
+    assert known == 0
+    for password in ("given2024", "other2024"):
+        (tmp_path / ".env").write_text(f"PERPCAST_BI_PASSWORD={password}\n")
+        assert run_in(tmp_path).exit_code == 0
+        may_log_in(settings, BI_ROLE, settings.database.name, password)
+    assert not (tmp_path / "metabase").exists()
+
+
+def write_whole(overlay: Path, folder: Path) -> Path:
+    """A configuration in one file, whose folder is then that of `.env` and of all that is written."""
+    values = yaml.safe_load((ROOT / "config.yaml").read_text())
+    values["database"].update(yaml.safe_load(overlay.read_text())["database"])
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_in(folder: Path, *arguments: str) -> Result:
+    names = ("PERPCAST_DB_PASSWORD", *GENERATED)
+    command = ["--config", str(folder / "config.yaml"), *arguments]
+    return CliRunner().invoke(main, command, env=dict.fromkeys(names))
+
+
+def may_log_in(settings: Settings, user: str, name: str, password: str | None) -> None:
+    database = settings.database
+    open_engine(DatabaseAddress(database.host, database.port, name, user, password)).dispose()
+
+
 def test_wrong_password_ends_with_two_lines_and_code_2(shared_overlay: Path) -> None:
     for arguments in ((), ("--status",)):
         refused = run(shared_overlay, *arguments, PERPCAST_DB_PASSWORD="canary-of-a-password")
@@ -91,9 +167,10 @@ def test_wrong_password_ends_with_two_lines_and_code_2(shared_overlay: Path) -> 
 
 
 def test_two_actions_at_once_are_wrong_use(overlay: Path) -> None:
-    refused = run(overlay, "--stop", "--reset")
-    assert refused.exit_code == 2
-    assert "exclude each other" in refused.stderr
+    for actions in (("--stop", "--reset"), ("--metabase", "--status")):
+        refused = run(overlay, *actions)
+        assert refused.exit_code == 2
+        assert "exclude each other" in refused.stderr
 
 
 def test_port_of_another_program_ends_with_code_2(tmp_path: Path) -> None:

@@ -5,6 +5,14 @@
 """
 
 from perpcast.database.address import DatabaseAddress, create_database
+from perpcast.database.bi import (
+    make_bi_role,
+    make_metabase_database,
+    read_defaults,
+    read_filter_values,
+    read_question,
+    refresh_bi,
+)
 from perpcast.database.candles import (
     CandleGap,
     CandleMonth,
@@ -104,6 +112,8 @@ __all__ = [
     "find_listener",
     "free_port",
     "grant_reader",
+    "make_bi_role",
+    "make_metabase_database",
     "migrate",
     "open_engine",
     "plain_errors",
@@ -115,8 +125,10 @@ __all__ = [
     "read_candle_spans",
     "read_candles",
     "read_champion",
+    "read_defaults",
     "read_equity",
     "read_events",
+    "read_filter_values",
     "read_flat_runs",
     "read_funding_rates",
     "read_instruments",
@@ -129,10 +141,12 @@ __all__ = [
     "read_processed",
     "read_processed_months",
     "read_processed_spans",
+    "read_question",
     "read_row_counts",
     "read_signals",
     "record_look",
     "record_refusal",
+    "refresh_bi",
     "remove_server",
     "replace_candle_gaps",
     "replace_predictions",

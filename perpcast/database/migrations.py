@@ -1,7 +1,8 @@
 """The schema's history: numbered migrations, each in one transaction, safe to repeat.
 
 An empty database gets the tables as `schema.py` declares them, all migrations marked as done; an older one gets the
-migrations that it lacks. Version numbers only rise, and a migration that has landed is never edited.
+migrations that it lacks. Version numbers only rise, and a migration that has landed is never edited. The views of the
+dashboards are no history: they are dropped before a migration and made as `bi.py` declares them after the last.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, inspect, select, text
 
+from perpcast.database.bi import create_views, drop_views
 from perpcast.database.schema import candle_revisions, metadata, processed_months, schema_migrations
 from perpcast.errors import DatabaseUnavailableError
 
@@ -39,12 +41,22 @@ def _add_champions(connection: Connection) -> None:
         connection.execute(text(statement))
 
 
+def _add_index_of_signals(connection: Connection) -> None:
+    connection.execute(
+        text(
+            "CREATE INDEX signals_above_threshold ON signals (run, open_time) "
+            "WHERE reason IS DISTINCT FROM 'not above the threshold'"
+        )
+    )
+
+
 # Number = place in the list, from 1. The first is the schema itself.
 MIGRATIONS: tuple[Migration, ...] = (
     Migration("tables of the first release", metadata.create_all),
     Migration("revisions of candles, and when a contract ends", _add_revisions),
     Migration("what processed rows were made of", processed_months.create),
     Migration("one champion for each kind of task", _add_champions),
+    Migration("views of the dashboards, and the index that they ask for", _add_index_of_signals),
 )
 
 
@@ -78,18 +90,22 @@ def migrate(engine: Engine, migrations: Sequence[Migration] = MIGRATIONS) -> lis
                 done = list(range(1, len(migrations) + 1))
             else:
                 connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+                drop_views(connection)
                 migrations[version].apply(connection)
                 done = [version + 1]
+            if done[-1] == len(migrations):
+                create_views(connection)
             rows = [{"version": number, "name": migrations[number - 1].name} for number in done]
             connection.execute(schema_migrations.insert(), rows)
         applied += [str(row["name"]) for row in rows]
 
 
 def reset(engine: Engine) -> None:
-    """Drops our tables with all they hold, and makes them anew, in one transaction; other tables stay."""
+    """Drops our tables and views with all they hold, and makes them anew; other tables stay."""
     with engine.begin() as connection:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
         if _version(connection):
+            drop_views(connection)
             metadata.drop_all(connection)
     migrate(engine)
 

@@ -214,6 +214,9 @@ model_predictions = Table(
     PrimaryKeyConstraint("model_id", "symbol", "open_time"),
 )
 
+# Of the signals those that are worth a look; in decision.py's words, which refuse most of them for this.
+ABOVE_THRESHOLD = "reason IS DISTINCT FROM 'not above the threshold'"
+
 # The trader's journal. `run` names the session (replay, paper, later an account); an id is a function of what it names.
 signals = Table(
     "signals",
@@ -229,6 +232,7 @@ signals = Table(
     Column("reason", Text),
     UniqueConstraint("run", "symbol", "open_time", "side", "source"),
     _one_of("side", SIDES),
+    Index("signals_above_threshold", "run", "open_time", postgresql_where=text(ABOVE_THRESHOLD)),
 )
 
 orders = Table(

@@ -1,0 +1,1 @@
+SELECT bars FROM bi.sessions WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session))

@@ -1,0 +1,1 @@
+SELECT equity FROM bi.sessions WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session))
