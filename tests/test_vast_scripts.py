@@ -605,10 +605,10 @@ def test_session_that_ignores_stop_is_killed_with_all_that_it_started(there: Wor
 def test_session_is_given_up_after_the_minutes_without_a_connection(there: World) -> None:
     with there.start("run_training_on_vast", *there.session("echo begun; sleep 60", "--lost-minutes", "0.05")) as run:
         run.until("begun")
-        there.machine.stop()
         before = time.monotonic()
-        assert run.end() == 75  # 0.05 minutes = 3 s
-        assert 2.5 < time.monotonic() - before < 10
+        there.machine.stop()
+        assert run.end() == 75
+        assert time.monotonic() - before > 2  # 0.05 minutes are 3 s, counted in whole ones
         assert f"no connection to {ALIAS} for 0.05 minutes: given up" in run.said()
     assert "sleep 60" in there.machine.processes().values()
 

@@ -105,9 +105,12 @@ show_log() {
 follow() {
   local code=0 reader
   rm -f "$WORK/open"
-  show_log <"$WORK/stream" &
+  # Held open here, or whoever opens one end waits for the other one, deaf to signals.
+  exec 4<>"$WORK/stream"
+  show_log <"$WORK/stream" 4>&- &
   reader=$!
-  on_remote follow "$token" "$(($(wc -c <"$WORK/log")))" >"$WORK/stream" || code=$?
+  on_remote follow "$token" "$(($(wc -c <"$WORK/log")))" >"$WORK/stream" 4>&- || code=$?
+  exec 4>&-
   wait "$reader" || true
   [ ! -e "$WORK/open" ] || connected
   return "$code"
