@@ -17,9 +17,9 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from perpcast.command_line import console, instant, notice, open_database, stage
+from perpcast.command_line import console, instant, notice, open_database, refresh_dashboards, stage
 from perpcast.config import Settings, symbols_from_text
-from perpcast.database import Database, refresh_bi
+from perpcast.database import Database
 from perpcast.download import DownloadSummary, Wanted, download
 from perpcast.errors import PerpcastError
 from perpcast.exchange import BybitClient, hosts_of
@@ -82,7 +82,7 @@ def main(
     with open_database(settings) as database, DownloadDisplay() as display:
         client, summary = asyncio.run(_download(settings, database, wanted, display))
         if summary.bars_stored or summary.revised or summary.vanished:
-            refresh_bi(database, "raw_market_data")
+            refresh_dashboards(database, "raw_market_data")
     _report(summary, wanted, client, time.monotonic() - begun)
 
 

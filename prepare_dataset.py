@@ -15,9 +15,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from perpcast.command_line import console, open_database, progress_bar, stage
+from perpcast.command_line import console, open_database, progress_bar, refresh_dashboards, stage
 from perpcast.config import Settings
-from perpcast.database import Database, read_candle_gaps, read_candle_spans, read_candles, read_processed, refresh_bi
+from perpcast.database import Database, read_candle_gaps, read_candle_spans, read_candles, read_processed
 from perpcast.errors import MissingInputError, PerpcastError
 from perpcast.exit_policy import EXIT_REASONS, ExitPolicy
 from perpcast.features.indicators import CANDLES_49
@@ -64,8 +64,7 @@ def main(settings: Settings, check: bool) -> None:
         if has_written or not page.exists():
             _write_page(database, settings, prepared, gaps, page.parent)
         if has_written:
-            with console.status("bringing the dashboards' summaries up to date"):
-                refresh_bi(database, "processed_market_data")
+            refresh_dashboards(database, "processed_market_data")
     console.print(f"report: {page}")
     console.print("next: python train_universal_transformer.py --task regression")
 

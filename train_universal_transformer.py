@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from perpcast.command_line import ROOT, console, open_database, progress_bar, show_table, stage
+from perpcast.command_line import ROOT, console, open_database, progress_bar, refresh_dashboards, show_table, stage
 from perpcast.config import Settings
 from perpcast.errors import DataError, MissingInputError
 
@@ -187,13 +187,12 @@ def result_folder(settings: Settings, model_id: str) -> Path:
 
 def register(database: "Database", dataset: "Dataset", result: "Result") -> None:
     """Stores predictions, then the row of `model_metadata`: what that names is whole."""
-    from perpcast.database import refresh_bi, upsert_model
+    from perpcast.database import upsert_model
     from perpcast.training.outcome import store_predictions
 
     store_predictions(database, dataset, result.record.model_id, result.predicted)
     upsert_model(database, result.record)
-    with console.status("bringing the dashboards' summaries up to date"):
-        refresh_bi(database, "model_predictions")
+    refresh_dashboards(database, "model_predictions")
 
 
 def train(settings: Settings, dataset: "Dataset", model_id: str, *, resume: bool) -> "Trained":

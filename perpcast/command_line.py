@@ -29,6 +29,7 @@ from perpcast.database import (
     migrate,
     open_engine,
     plain_errors,
+    refresh_bi,
 )
 from perpcast.errors import PerpcastError
 from perpcast.kill_point import arm
@@ -150,6 +151,17 @@ def open_database(settings: Settings, *, initialize: bool = False) -> Iterator[D
             migrate(engine)
         check_schema(engine)
         yield engine
+
+
+def refresh_dashboards(database: Database, *written: str) -> None:
+    """Brings what the dashboards show of these tables up to date, where our role may."""
+    with console.status("bringing the dashboards' summaries up to date"):
+        has_refreshed = refresh_bi(database, *written)
+    if not has_refreshed:
+        notice(
+            "the dashboards' summaries stay as they were: only the owner of the tables may bring them up to date; "
+            "what is stored is complete"
+        )
 
 
 def instant(expected: str) -> Callable[[click.Context, click.Parameter, str | None], int | None]:

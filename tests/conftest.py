@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Where the tests were started in the background, Ctrl-C is ignored; what they start would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # likewise, by nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     hypothesis.settings.load_profile("soak" if config.getoption("--soak") else "once")
 
 

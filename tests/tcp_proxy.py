@@ -131,7 +131,15 @@ class TcpProxy:
             link = _Link(client)
             task = asyncio.create_task(self._serve(link))
             self._links[task] = link
-            task.add_done_callback(self._links.pop)
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: "asyncio.Task[None]") -> None:
+        """A link that was cut before its first step has not closed anything."""
+        link = self._links.pop(task)
+        for end in (link.client, link.server):
+            if end.fileno() >= 0:
+                _reset_on_close(end)
+                end.close()
 
     async def _serve(self, link: _Link) -> None:
         orderly = False

@@ -105,3 +105,34 @@ def test_who_may_not_make_roles_is_told_what_to_do(database: Engine) -> None:
         theirs.dispose()
         with database.begin() as connection:
             connection.execute(text("DROP ROLE perpcast_plain_test"))
+
+
+def test_owner_who_is_no_superuser_can_give_and_take(database: Engine) -> None:
+    """What another machine's sessions of the role could still read after it was taken: nothing."""
+    name = database.url.database
+    with database.begin() as connection:
+        connection.execute(text("CREATE ROLE perpcast_owner_test LOGIN CREATEROLE PASSWORD 'owner'"))
+        connection.execute(text(f"ALTER DATABASE {name} OWNER TO perpcast_owner_test"))
+        connection.execute(text("ALTER SCHEMA public OWNER TO perpcast_owner_test"))
+        for table in connection.execute(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")).scalars():
+            connection.execute(text(f"ALTER TABLE {table} OWNER TO perpcast_owner_test"))
+    owner = create_engine(database.url.set(username="perpcast_owner_test", password="owner"))
+    try:
+        grant_reader(owner, ROLE, PASSWORD, TABLES, until=LATER)
+        session = connect(database)
+        with session.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM raw_market_data")
+            session.commit()
+            assert revoke_reader(owner, ROLE)
+            with pytest.raises(psycopg2.Error):
+                cursor.execute("SELECT count(*) FROM raw_market_data")
+        session.close()
+        with pytest.raises(psycopg2.OperationalError):
+            connect(database)
+    finally:
+        owner.dispose()
+        with database.begin() as connection:
+            connection.execute(text(f"ALTER DATABASE {name} OWNER TO CURRENT_USER"))
+            connection.execute(text("REASSIGN OWNED BY perpcast_owner_test TO CURRENT_USER"))
+            connection.execute(text("DROP OWNED BY perpcast_owner_test"))
+            connection.execute(text("DROP ROLE perpcast_owner_test"))

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, text
 
 from perpcast.database.address import first_line
 from perpcast.database.bi_views import VIEWS, View
-from perpcast.database.engine import transact
+from perpcast.database.engine import execute, transact
 from perpcast.errors import DatabaseUnavailableError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def create_views(connection: Connection) -> None:
     """Makes the schema `bi` anew within the caller's transaction; its role, where there is one, reads it again."""
     drop_views(connection)
     schema = sql.Identifier(SCHEMA)
-    _execute(
+    execute(
         connection,
         sql.SQL("CREATE SCHEMA {}").format(schema),
         sql.SQL("COMMENT ON SCHEMA {} IS {}").format(schema, sql.Literal(_OURS)),
@@ -57,14 +57,14 @@ def create_views(connection: Connection) -> None:
     for view in VIEWS:
         name = sql.Identifier(SCHEMA, view.name)
         kind = sql.SQL("MATERIALIZED VIEW" if view.key else "VIEW")
-        _execute(
+        execute(
             connection,
             sql.SQL("CREATE {} {} AS {}").format(kind, name, sql.SQL(view.query)),
             sql.SQL("COMMENT ON {} {} IS {}").format(kind, name, sql.Literal(view.row)),
         )
         if view.key:  # also what a refresh beside readers needs
             columns = sql.SQL(", ").join(map(sql.Identifier, view.key))
-            _execute(connection, sql.SQL("CREATE UNIQUE INDEX ON {} ({})").format(name, columns))
+            execute(connection, sql.SQL("CREATE UNIQUE INDEX ON {} ({})").format(name, columns))
     if _role_exists(connection, BI_ROLE):
         _grant(connection)
 
@@ -81,17 +81,21 @@ def drop_views(connection: Connection) -> None:
             f"the database already holds a schema {SCHEMA} that is not ours; rename it, or name another database in "
             "database.name"
         )
-    _execute(connection, sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(SCHEMA)))
+    execute(connection, sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(SCHEMA)))
 
 
-def refresh_bi(engine: Engine, *written: str) -> None:
+def refresh_bi(engine: Engine, *written: str) -> bool:
     """Brings the materialized views in line with the tables: those that read one of the `written` ones, or all.
 
-    Who reads them meanwhile reads what they held before.
+    Who reads them meanwhile reads what they held before. False where our role may not: they are their owner's.
     """
-    for view in VIEWS:
-        if view.key and (not written or set(written) & set(view.tables)):
-            transact(engine, lambda connection, view=view: _refresh(connection, view))  # type: ignore[misc]
+    try:
+        for view in VIEWS:
+            if view.key and (not written or set(written) & set(view.tables)):
+                transact(engine, lambda connection, view=view: _refresh(connection, view))  # type: ignore[misc]
+    except psycopg2.errors.InsufficientPrivilege:
+        return False
+    return True
 
 
 def read_question(engine: Engine, query: str, parameters: Mapping[str, object]) -> "pd.DataFrame":
@@ -99,8 +103,8 @@ def read_question(engine: Engine, query: str, parameters: Mapping[str, object]) 
     import pandas as pd
 
     with engine.connect() as connection:
-        _execute(connection, sql.SQL("SET TRANSACTION READ ONLY"))
-        _execute(connection, sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{_ANSWER_SECONDS}s")))
+        execute(connection, sql.SQL("SET TRANSACTION READ ONLY"))
+        execute(connection, sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(f"{_ANSWER_SECONDS}s")))
         answer = connection.exec_driver_sql(query, dict(parameters))
         return pd.DataFrame(answer.all(), columns=list(answer.keys()))
 
@@ -134,10 +138,10 @@ def make_bi_role(engine: Engine, password: str) -> None:
         _make_role(connection, BI_ROLE, password, BI_CONNECTIONS)
         role, database = sql.Identifier(BI_ROLE), sql.Identifier(engine.url.database or "")
         for name, value in _BI_SETTINGS.items():
-            _execute(
+            execute(
                 connection, sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(name), sql.Literal(value))
             )
-        _execute(
+        execute(
             connection,
             sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(database, role),
             # Everybody may make temporary tables unless this is taken back; whoever runs the stages needs them.
@@ -160,7 +164,7 @@ def make_metabase_database(engine: Engine, password: str) -> None:
         _check_metabase_is_ours(connection)
         _make_role(connection, METABASE, password, connections=-1)
         role = sql.Identifier(METABASE)
-        _execute(
+        execute(
             connection,
             sql.SQL("COMMENT ON ROLE {} IS {}").format(role, sql.Literal(_OUR_ROLE)),
             # Who is no superuser may give a database only to a role that he belongs to.
@@ -172,8 +176,8 @@ def make_metabase_database(engine: Engine, password: str) -> None:
             known = text("SELECT 1 FROM pg_database WHERE datname = :name")
             name = sql.Identifier(METABASE)
             if connection.execute(known, {"name": METABASE}).one_or_none() is None:
-                _execute(connection, sql.SQL("CREATE DATABASE {} OWNER {}").format(name, name))
-            _execute(connection, sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
+                execute(connection, sql.SQL("CREATE DATABASE {} OWNER {}").format(name, name))
+            execute(connection, sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
 
     _with_rights(engine, METABASE, lambda: transact(engine, make_role))
     _with_rights(engine, METABASE, make_database)
@@ -194,13 +198,13 @@ def _check_metabase_is_ours(connection: Connection) -> None:
 
 def _refresh(connection: Connection, view: View) -> None:
     name = sql.Identifier(SCHEMA, view.name)
-    _execute(connection, _ROOM, sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(name))
+    execute(connection, _ROOM, sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(name))
 
 
 def _grant(connection: Connection) -> None:
     """USAGE and SELECT, and whatever else it had in this database is taken away."""
     schema, role = sql.Identifier(SCHEMA), sql.Identifier(BI_ROLE)
-    _execute(
+    execute(
         connection,
         sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {}").format(role),
         sql.SQL("REVOKE ALL ON SCHEMA public FROM {}").format(role),
@@ -214,8 +218,8 @@ def _make_role(connection: Connection, name: str, password: str, connections: in
     role, raw = sql.Identifier(name), connection.connection.dbapi_connection
     verifier = psycopg2.extensions.encrypt_password(password, name, raw, "scram-sha-256")  # type: ignore[arg-type]
     if not _role_exists(connection, name):
-        _execute(connection, sql.SQL("CREATE ROLE {}").format(role))
-    _execute(
+        execute(connection, sql.SQL("CREATE ROLE {}").format(role))
+    execute(
         connection,
         sql.SQL("ALTER ROLE {} LOGIN NOCREATEDB NOCREATEROLE CONNECTION LIMIT {} PASSWORD {}").format(
             role, sql.Literal(connections), sql.Literal(verifier)
@@ -236,11 +240,3 @@ def _with_rights(engine: Engine, role: str, work: Callable[[], None]) -> None:
             f"the database role {engine.url.username} may not make the role {role}: {first_line(error)}; let an "
             f'administrator run: ALTER ROLE "{engine.url.username}" CREATEROLE CREATEDB'
         ) from None
-
-
-def _execute(connection: Connection, *statements: sql.Composable) -> None:
-    """Names cannot be bound as parameters, nor can anything in such statements: they are composed."""
-    cursor = connection.connection.cursor()
-    for statement in statements:
-        cursor.execute(statement)
-    cursor.close()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 import psycopg2
-from psycopg2 import errorcodes
+from psycopg2 import errorcodes, sql
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -76,6 +76,14 @@ def transact(engine: Engine, work: Callable[[Connection], Value]) -> Value:
             if not (conflicts < _CONFLICT_TRIES if conflict else _is_lost(cause) and time.monotonic() < deadline):
                 raise
             time.sleep(0.05 * 2**conflicts if conflict else 0.5)
+
+
+def execute(connection: Connection, *statements: sql.Composable) -> None:
+    """Statements whose names and secrets cannot be bound as parameters: they are composed. Raises psycopg2's errors."""
+    cursor = connection.connection.cursor()
+    for statement in statements:
+        cursor.execute(statement)
+    cursor.close()
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Roles that may read some tables for a while, and nothing else: what another machine is given."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 
 import psycopg2
 from psycopg2 import sql
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
-from perpcast.database.engine import transact
+from perpcast.database.engine import execute, transact
 from perpcast.errors import DatabaseUnavailableError
 
 READER_CONNECTIONS = 4
@@ -26,7 +27,7 @@ def grant_reader(engine: Engine, role: str, password: str, tables: Sequence[str]
     listed = sql.SQL(", ").join(sql.Identifier("public", table) for table in tables)
     revoke_reader(engine, role)
     try:
-        _execute(
+        _execute_all(
             engine,
             sql.SQL("CREATE ROLE {} {}").format(name, limits),
             sql.SQL("ALTER ROLE {} SET default_transaction_read_only = on").format(name),
@@ -49,25 +50,21 @@ def revoke_reader(engine: Engine, role: str) -> bool:
         known = connection.execute(text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
         exists = known.one_or_none() is not None
     if exists:
-        _execute(
+        ended = sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {}")
+        _execute_all(
             engine,
             sql.SQL("ALTER ROLE {} NOLOGIN").format(name),
-            sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = {}").format(
-                sql.Literal(role)
-            ),
-            sql.SQL("DROP OWNED BY {}").format(name),
-            sql.SQL("DROP ROLE {}").format(name),
+            sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {}").format(name),
+            sql.SQL("REVOKE ALL ON SCHEMA public FROM {}").format(name),
+            sql.SQL("REVOKE ALL ON DATABASE {} FROM {}").format(sql.Identifier(engine.url.database or ""), name),
         )
+        # Who made a role may not always end its sessions; they can read nothing any more.
+        with suppress(psycopg2.errors.InsufficientPrivilege):
+            _execute_all(engine, ended.format(sql.Literal(role)))
+        _execute_all(engine, sql.SQL("DROP ROLE {}").format(name))
     return exists
 
 
-def _execute(engine: Engine, *statements: sql.Composable) -> None:
-    """All of them in one transaction. Names and passwords cannot be bound as parameters of such statements."""
-
-    def work(connection: Connection) -> None:
-        cursor = connection.connection.cursor()
-        for statement in statements:
-            cursor.execute(statement)
-        cursor.close()
-
-    transact(engine, work)
+def _execute_all(engine: Engine, *statements: sql.Composable) -> None:
+    """In one transaction."""
+    transact(engine, lambda connection: execute(connection, *statements))
