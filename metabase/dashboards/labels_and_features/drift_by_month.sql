@@ -3,5 +3,5 @@ FROM bi.indicator_drift
 WHERE shift IS NOT NULL
     [[AND symbol = {{symbol}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY month ORDER BY month

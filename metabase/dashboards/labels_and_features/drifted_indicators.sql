@@ -3,7 +3,7 @@ WITH chosen AS (
     WHERE shift IS NOT NULL
         [[AND symbol = {{symbol}}]]
         [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+        [[AND month <= {{last_day}}]]
 )
 SELECT indicator, avg(shift) AS mean_shift, max(abs(shift)) AS largest_shift,
     count(*) FILTER (WHERE abs(shift) > 0.5) AS symbols_shifted, count(*) AS symbols

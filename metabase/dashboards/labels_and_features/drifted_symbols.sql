@@ -3,7 +3,7 @@ WITH chosen AS (
     WHERE shift IS NOT NULL
         [[AND symbol = {{symbol}}]]
         [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+        [[AND month <= {{last_day}}]]
 )
 SELECT symbol, avg(abs(shift)) AS mean_shift FROM chosen WHERE month = newest
 GROUP BY symbol ORDER BY mean_shift DESC

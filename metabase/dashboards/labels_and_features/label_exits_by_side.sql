@@ -4,5 +4,5 @@ WHERE true
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY side, exit_reason ORDER BY side, exit_reason

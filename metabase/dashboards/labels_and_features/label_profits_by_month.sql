@@ -4,5 +4,5 @@ WHERE true
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY month, side HAVING sum(trades) > 0 ORDER BY month, side

@@ -4,5 +4,5 @@ FROM bi.coverage
 WHERE true
     [[AND symbol = {{symbol}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY month ORDER BY month

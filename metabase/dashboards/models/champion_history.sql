@@ -3,5 +3,5 @@ FROM bi.registry_events
 WHERE step <> 'test_span_looked_at'
     [[AND (model_id = {{model}} OR other_model = {{model}})]]
     [[AND day >= {{first_day}}]]
- [[AND day <= {{last_day}}]]
+    [[AND day <= {{last_day}}]]
 ORDER BY time DESC, step LIMIT 200

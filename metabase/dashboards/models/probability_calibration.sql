@@ -5,5 +5,5 @@ WHERE model_id = coalesce([[{{model}}, ]](SELECT model_id FROM bi.present_model)
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY probability_bin ORDER BY probability_bin

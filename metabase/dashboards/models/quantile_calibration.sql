@@ -7,5 +7,5 @@ WHERE model_id = coalesce([[{{model}}, ]](SELECT model_id FROM bi.present_model)
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND month >= date_trunc('month', {{first_day}}::timestamp)]]
- [[AND month <= {{last_day}}]]
+    [[AND month <= {{last_day}}]]
 GROUP BY quantile HAVING sum(with_quantiles) > 0 ORDER BY quantile

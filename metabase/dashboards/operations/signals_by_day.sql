@@ -4,5 +4,5 @@ FROM bi.decisions
 WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session))
     [[AND symbol = {{symbol}}]]
     [[AND day >= {{first_day}}]]
- [[AND day <= {{last_day}}]]
+    [[AND day <= {{last_day}}]]
 GROUP BY day ORDER BY day

@@ -3,7 +3,7 @@ WITH bars AS (
     FROM bi.equity_curve
     WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session))
         [[AND day >= {{first_day}}]]
- [[AND day <= {{last_day}}]]
+        [[AND day <= {{last_day}}]]
 )
 SELECT max(time) AS time, min(drawdown) AS drawdown
 FROM bars GROUP BY number / (bars / 1000 + 1) ORDER BY 1

@@ -6,5 +6,5 @@ WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session)) AND origi
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND day >= {{first_day}}]]
- [[AND day <= {{last_day}}]]
+    [[AND day <= {{last_day}}]]
 GROUP BY leg ORDER BY leg

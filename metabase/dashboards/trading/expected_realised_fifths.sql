@@ -5,7 +5,7 @@ WITH ranked AS (
         [[AND symbol = {{symbol}}]]
         [[AND side = {{side}}]]
         [[AND entry_day >= {{first_day}}]]
- [[AND entry_day <= {{last_day}}]]
+        [[AND entry_day <= {{last_day}}]]
 )
 SELECT fifth, count(*) AS trades, avg(expected_return) AS expected, avg(realized_return) AS realised,
     avg((pnl > 0)::int)::float8 AS won

@@ -5,5 +5,5 @@ WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session))
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND entry_day >= {{first_day}}]]
- [[AND entry_day <= {{last_day}}]]
+    [[AND entry_day <= {{last_day}}]]
 ORDER BY pnl_at_stop

@@ -4,5 +4,5 @@ WHERE run = coalesce([[{{run}}, ]](SELECT run FROM bi.newest_session)) AND NOT i
     [[AND symbol = {{symbol}}]]
     [[AND side = {{side}}]]
     [[AND entry_day >= {{first_day}}]]
- [[AND entry_day <= {{last_day}}]]
+    [[AND entry_day <= {{last_day}}]]
 GROUP BY exit_reason ORDER BY pnl
