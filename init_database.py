@@ -95,7 +95,7 @@ def complete_environment(settings: Settings, path: Path) -> tuple[dict[str, str]
         **{name: secrets.token_hex(16) for name in GENERATED},
     }
     for key in values:
-        values[key] = os.environ.get(key) or known.get(key) or secret(settings, key) or values[key]
+        values[key] = secret(settings, key, "metabase") or values[key]
     return values, {key: value for key, value in values.items() if key not in known}
 
 

@@ -9,7 +9,6 @@ original, so it is his. Dashboards are ours as a whole; whatever bears no mark o
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any, Literal
 from uuid import NAMESPACE_OID, uuid5
 
 import click
-from dotenv import dotenv_values
 
 from metabase.api import (
     DEFAULT_URL,
@@ -424,9 +422,8 @@ def seen_from_metabase(settings: Settings) -> DatabaseAddress:
 
 
 def _secret(settings: Settings, name: str) -> str | None:
-    """From the environment, else from the file that compose reads too, else from `.env` beside the configuration."""
-    ours = dotenv_values(settings.path("metabase", ".env"))
-    return os.environ.get(name) or ours.get(name) or secret(settings, name)
+    """A secret; the folder's `.env` is the file that compose reads too."""
+    return secret(settings, name, "metabase")
 
 
 def _needed(settings: Settings, name: str) -> str:

@@ -111,9 +111,10 @@ def _stop(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def secret(settings: Settings, name: str) -> str | None:
-    """A secret from the environment, else from `.env` beside the configuration; None where neither has it."""
-    return os.environ.get(name) or dotenv_values(settings.path(".env")).get(name) or None
+def secret(settings: Settings, name: str, *folders: str) -> str | None:
+    """A secret from the environment, else from `.env` in these folders, then beside the configuration; None without."""
+    files = [settings.path(folder, ".env") for folder in (*folders, "")]
+    return os.environ.get(name) or next((found for file in files if (found := dotenv_values(file).get(name))), None)
 
 
 def database_address(settings: Settings) -> DatabaseAddress:
