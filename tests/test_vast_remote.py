@@ -99,7 +99,8 @@ def test_model_made_elsewhere_is_registered_scored_and_reported_at_home(
 ) -> None:
     settings, prepared = trained.home, trained.prepared
     assert not prepared.is_complete
-    register(settings, trained.database, prepared, RENTAL)
+    fetched = check_fetched(settings, prepared.model_id, prepared.dataset)
+    register(settings, trained.database, prepared, fetched, RENTAL)
     (model,) = read_models(trained.database)
     assert model.model_id == prepared.model_id
     assert model.metrics["rental"] == RENTAL

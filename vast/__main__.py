@@ -17,6 +17,7 @@ from perpcast.command_line import console, notice, open_database, show_table, st
 from perpcast.config import Settings
 from perpcast.database import Database, read_models
 from perpcast.errors import DataError, PerpcastError, SetupError
+from perpcast.training.result import Result
 from vast import interrupts
 from vast.home import check_fetched, prepare, register
 from vast.journey import (
@@ -109,9 +110,10 @@ def train_elsewhere(settings: Settings, ledger: Ledger, task: str, data: str, *,
                 interrupts.ignore()
         finally:
             visit.leave()
-    if visit.job is not None and visit.is_made:
+    if visit.job is not None and visit.result is not None:
+        prepared = visit.job.prepared
         with open_database(settings) as database:
-            register(settings, database, visit.job.prepared, bill(ledger, visit.job.prepared.model_id))
+            register(settings, database, prepared, visit.result, bill(ledger, prepared.model_id))
 
 
 def check_current(settings: Settings, ledger: Ledger, task: str) -> None:
@@ -140,7 +142,7 @@ class Visit:
     settings: Settings
     ledger: Ledger
     job: Job | None = None
-    is_made: bool = False  # the model's files are here, checked, and to be registered
+    result: Result | None = None  # the model's files are here, checked, and to be registered
     keeps: bool = False  # what is rented is for something else: not this run's to end
 
     def go(self, task: str, data: str, *, yes: bool) -> None:
@@ -161,14 +163,15 @@ class Visit:
             console.print(f"model {prepared.model_id} is trained and registered already")
             return
         self.job = Job(self.settings, prepared, task, data)
-        if is_fetched(self.job):
+        self.result = fetched_before(self.job)
+        if self.result is not None:
             notice(f"model {prepared.model_id} was fetched before")
-        elif self.settings.vast.host is not None:
+            return
+        if self.settings.vast.host is not None:
             self.use_own(self.job, self.settings.vast.host)
         else:
             self.use_rented(self.job, known, yes=yes)
-        check_fetched(self.settings, prepared.model_id, prepared.dataset)
-        self.is_made = True
+        self.result = check_fetched(self.settings, prepared.model_id, prepared.dataset)
 
     def use_own(self, job: Job, host: str) -> None:
         """Trains on a machine that is not rented: a stopped command leaves its session running there."""
@@ -267,13 +270,12 @@ class Visit:
             tell(f"instance {ended.instance_id} is destroyed: {_hours(ended)} h, {ended.cost():.2f} USD")
 
 
-def is_fetched(job: Job) -> bool:
-    """True where an earlier command has brought the model home."""
+def fetched_before(job: Job) -> Result | None:
+    """What an earlier command has brought home, where it is whole."""
     try:
-        check_fetched(job.settings, job.prepared.model_id, job.prepared.dataset)
+        return check_fetched(job.settings, job.prepared.model_id, job.prepared.dataset)
     except PerpcastError:
-        return False
-    return True
+        return None
 
 
 def choose(settings: Settings, ledger: Ledger, job: Job, known: str | None, *, yes: bool) -> list[Offer]:

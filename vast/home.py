@@ -66,9 +66,10 @@ def check_fetched(settings: Settings, model_id: str, dataset: Dataset) -> Result
     return result
 
 
-def register(settings: Settings, database: Database, prepared: Prepared, rental: Mapping[str, Any] | None) -> None:
-    """Stores the fetched model, with what its machine cost, then scores and trades it here and writes its report."""
-    result = check_fetched(settings, prepared.model_id, prepared.dataset)
+def register(
+    settings: Settings, database: Database, prepared: Prepared, result: Result, rental: Mapping[str, Any] | None
+) -> None:
+    """Stores a checked result, with what its machine cost, then scores and trades it here and writes its report."""
     if rental is not None:
         record = replace(result.record, metrics={**result.record.metrics, "rental": dict(rental)})
         result = replace(result, record=record)
