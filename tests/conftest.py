@@ -1,7 +1,9 @@
 """What the tests share: a PostgreSQL server of their own on a free port, an empty database in it for each test, and the
-two budgets: `pytest` takes every case once, `pytest --soak` many times, and writes its table to docs/soak.md.
+two budgets: `pytest` takes every case once, `pytest --soak` takes what chance has a part in, many times, and writes its
+table to docs/soak.md.
 
-A test marked `soak(25)` draws all that it leaves to chance from `seed`: 0, and in a soak 0 to 24."""
+A test marked `soak(25)` draws all that it leaves to chance from `seed`: 0, and in a soak 0 to 24. Property tests draw
+the same examples at every `pytest`, so that what fails was broken by the change; a soak draws new ones."""
 
 import signal
 from collections import defaultdict
@@ -21,7 +23,7 @@ _numbers = count()
 SOAK_EXAMPLES = 500
 SOAK_KILLS = 10
 
-hypothesis.settings.register_profile("once", max_examples=30, deadline=None)
+hypothesis.settings.register_profile("once", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("soak", max_examples=SOAK_EXAMPLES, deadline=None)
 
 
@@ -47,6 +49,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     elif soaking and "_killed_" in metafunc.function.__name__:
         metafunc.fixturenames.append("kill_round")
         metafunc.parametrize("kill_round", range(SOAK_KILLS))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A soak leaves out what would be the same again."""
+    if config.getoption("--soak"):
+        same = [item for item in items if not _is_soaked(item)]
+        config.hook.pytest_deselected(items=same)
+        items[:] = [item for item in items if item not in same]
+
+
+def _is_soaked(item: pytest.Item) -> bool:
+    assert isinstance(item, pytest.Function)
+    repeated = hasattr(item, "callspec") and not {"seed", "kill_round"}.isdisjoint(item.callspec.params)
+    return repeated or "soaking" in item.fixturenames or hypothesis.is_hypothesis_test(item.obj)
+
+
+@pytest.fixture
+def soaking(request: pytest.FixtureRequest) -> None:
+    """Asked for by a test that is too long for `make test`."""
+    if not request.config.getoption("--soak"):
+        pytest.skip("takes many minutes: make soak")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

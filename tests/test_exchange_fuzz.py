@@ -514,10 +514,14 @@ def replaced(share: float, row: Any) -> Edit:
 
 
 def with_cell(share: float, column: int, cell: Any) -> Edit:
+    """One cell of a row, where an edit before has left a row there."""
+
+    def changed(row: Any) -> Any:
+        return [*row[:column], cell, *row[column + 1 :]] if isinstance(row, list) else row
+
     def edit(rows: Rows) -> Rows:
         place = at(rows, share)
-        changed = [[*row[:column], cell, *row[column + 1 :]] for row in rows[place : place + 1]]
-        return [*rows[:place], *changed, *rows[place + 1 :]]
+        return [*rows[:place], *map(changed, rows[place : place + 1]), *rows[place + 1 :]]
 
     return edit
 

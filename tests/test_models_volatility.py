@@ -234,10 +234,8 @@ OURS = "ours"
 
 @needs_data
 @pytest.mark.skipif(not PEERS.exists(), reason="the libraries' environment is absent (make soak builds it)")
-def test_ours_is_not_worse_than_the_libraries(problem: Problem, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_ours_is_not_worse_than_the_libraries(soaking: None, problem: Problem, tmp_path: Path) -> None:
     """Of each library and each of P50 and P90: the mean difference over paired seeds is at most its standard error."""
-    if not request.config.getoption("--soak"):
-        pytest.skip("three dozen trainings of a minute: make soak")
     runs = {who: tuned_and_trained(who, tmp_path, problem) for who in (OURS, *LIBRARIES)}
     realised, forecast = problem.realised(problem.origins["test"]), har_forecast(problem)
     har = [quantile_risk(realised, forecast[..., QUANTILES.index(q)], q) for q in SCORED]

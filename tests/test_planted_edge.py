@@ -133,12 +133,6 @@ def test_ridge_finds_none_where_there_is_none(database: Database, tmp_path: Path
     assert -0.1 < lower < 0 < upper < 0.1
 
 
-@pytest.fixture
-def soaking(request: pytest.FixtureRequest) -> None:
-    if not request.config.getoption("--soak"):
-        pytest.skip("trainings of minutes: make soak")
-
-
 def test_network_recovers_four_fifths_of_what_the_oracle_knows(
     soaking: None, database: Database, tmp_path: Path
 ) -> None:

@@ -430,7 +430,7 @@ def test_rented_training_ends_in_a_registered_model_and_its_bill(home: Home) -> 
     assert home.vast.asked == asked
 
 
-def test_training_over_the_tunnel_survives_a_lost_connection_and_a_killed_command(home: Home) -> None:
+def test_training_over_the_tunnel_survives_a_lost_connection_and_a_kill(home: Home) -> None:
     home.train_for_real(epochs=4)
     process = home.start("--yes", "--data", "tunnel")
     home.wait_for(lambda: "epoch 1: loss" in home.output, process)
