@@ -4,7 +4,7 @@ Reads config.yaml (database), `model_metadata` and, to promote, the model's data
 states of the models and an event of the run "registry" for each step. Exit code 1 where a promotion is refused.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from perpcast.errors import DataError
 from perpcast.timeframe import format_time
 
 if TYPE_CHECKING:
-    from perpcast.training.promotion import Evidence
+    from perpcast.training.judgement import Judgement
 
 TASK_KINDS = ("regression", "classification")
 
@@ -170,11 +170,11 @@ def promote_model(
     settings: Settings,
     database: Database,
     model_id: str,
-    gather: "Callable[[Settings, Database, str], Evidence] | None" = None,
+    judgement: "Judgement | None" = None,
     *,
     force: bool = False,
 ) -> None:
-    """Gathers the evidence on a model, by `judgement.gather_evidence`, and makes it champion where it suffices."""
+    """Makes a model champion where the evidence suffices; `judgement` is the model's, where it is at hand."""
     from perpcast.training.judgement import gather_evidence
     from perpcast.training.promotion import promote
 
@@ -183,7 +183,7 @@ def promote_model(
         console.print(f"{model_id} is the champion of {model.task_kind} already")
         return
     check_bundle(settings, model)
-    evidence = (gather or gather_evidence)(settings, database, model_id)
+    evidence = gather_evidence(settings, database, model_id, judgement)
     before = promote(database, model_id, evidence, force=force, now=datetime.now(UTC))
     instead = "" if before is None else f" in place of {before}"
     console.print(f"{model_id} is the champion of {model.task_kind}{instead}")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from perpcast.models.export import Exported
     from perpcast.training.card import Provenance
     from perpcast.training.dataset import Dataset
+    from perpcast.training.judgement import Judgement
     from perpcast.training.loop import Trained
     from perpcast.training.outcome import Outcome
     from perpcast.training.result import Result
@@ -68,18 +69,19 @@ def main(settings: Settings, task: str, resume: bool, force: bool, promote: bool
     with open_database(settings) as database:
         dataset = make_dataset(settings, database, task)
         model_id = name_of(dataset, settings)
+        judgement = None
         if not force and is_complete(settings, database, model_id):
             console.print(f"model {model_id} is trained and exported already (--force trains it again)")
         else:
             going_on = resume and not force
             result, outcome = make_model(settings, dataset, model_id, resume=going_on, revision=code_revision())
             register(database, dataset, result)
-            judge(settings, database, model_id, outcome)
+            judgement = judge(settings, database, model_id, outcome)
             console.print(f"trained_model/{model_id}, plots/{model_id}, {time.monotonic() - begun:.0f} s")
         if promote:
             from model_registry import promote_model
 
-            promote_model(settings, database, model_id)
+            promote_model(settings, database, model_id, judgement)
     console.print("next: python live_runner.py --mode paper      curves: tensorboard --logdir logs")
 
 
@@ -318,7 +320,7 @@ def show_epoch(epoch: int, values: Mapping[str, float]) -> None:
     )
 
 
-def judge(settings: Settings, database: "Database", model_id: str, outcome: "Outcome | None" = None) -> None:
+def judge(settings: Settings, database: "Database", model_id: str, outcome: "Outcome | None" = None) -> "Judgement":
     """Trades the new model on the test span, shows its scores and accounts, and writes the report.
 
     `outcome` are the scores where they are at hand.
@@ -335,6 +337,7 @@ def judge(settings: Settings, database: "Database", model_id: str, outcome: "Out
         show_table(titles, rows)
     console.print(verdict_of(judgement))
     console.print(f"report: {page}")
+    return judgement
 
 
 def code_revision() -> str | None:

@@ -177,6 +177,8 @@ def test_candidates_with_and_without_what_a_champion_needs(
     with pytest.raises(PromotionRefusedError, match="a leak certificate that passes"):
         promote(database, "foreign", evidence, now=NOW)
     evidence = gather_evidence(settings, database, "seer")
+    judged = judge_model(settings, database, "seer", purpose="training", now=NOW)
+    assert gather_evidence(settings, database, "seer", judged) == evidence
     assert evidence.gain_over_champion is None
     # Train, V1 and V2 end with 85 % of the labelled bars; what V2's labels reach is purged before the test span.
     compared = evidence.gain_over_best_baseline

@@ -68,11 +68,17 @@ def judge_model(
 
     `outcome` are the scores where they are at hand.
     """
-    model = read_model(database, model_id)
-    dataset = load_dataset(settings.path("datasets", model.dataset_id))
-    outcome = outcome or read_outcome(database, dataset, model_id, settings.model.seed)
+    model, dataset, outcome = _read(settings, database, model_id, outcome)
     looks = look(database, dataset, model_id, purpose, now)
     return Judgement(model, dataset, outcome, trade(settings, database, dataset, outcome, looks), looks)
+
+
+def _read(
+    settings: Settings, database: Database, model_id: str, outcome: Outcome | None
+) -> tuple[ModelRecord, Dataset, Outcome]:
+    model = read_model(database, model_id)
+    dataset = load_dataset(settings.path("datasets", model.dataset_id))
+    return model, dataset, outcome or read_outcome(database, dataset, model_id, settings.model.seed)
 
 
 def look(database: Database, dataset: Dataset, model_id: str, purpose: str, now: datetime) -> int:
@@ -132,14 +138,19 @@ def read_market(database: Database, dataset: Dataset, span: Span) -> MarketPanel
     return MarketPanel.build(dataset.task.symbols, candles, funding, span.first_ms, end_ms - step_ms, step_ms)
 
 
-def gather_evidence(settings: Settings, database: Database, model_id: str) -> Evidence:
-    """Everything that `promotion.promote` wants to know of a model; `promote` itself counts the look."""
-    model = read_model(database, model_id)
-    dataset = load_dataset(settings.path("datasets", model.dataset_id))
-    outcome = read_outcome(database, dataset, model_id, settings.model.seed)
+def gather_evidence(
+    settings: Settings, database: Database, model_id: str, judgement: Judgement | None = None
+) -> Evidence:
+    """Everything that `promotion.promote` wants to know of a model; `promote` itself counts the look.
+
+    `judgement` is the model's, where it is at hand: else its baselines are fitted and all are traded here.
+    """
+    if judgement is None:
+        model, dataset, outcome = _read(settings, database, model_id, None)
+        looks = count_looks(database, dataset.split.test.first_ms, dataset.split.test.last_ms) + 1
+        judgement = Judgement(model, dataset, outcome, trade(settings, database, dataset, outcome, looks), looks)
+    model, dataset, portfolio = judgement.model, judgement.dataset, judgement.portfolio
     span = dataset.split.test
-    looks = count_looks(database, span.first_ms, span.last_ms) + 1
-    portfolio = trade(settings, database, dataset, outcome, looks)
     try:
         check_certificate(read_card(settings.path(model.bundle_path)), f"model {model_id}")
         missing = ""
@@ -155,7 +166,7 @@ def gather_evidence(settings: Settings, database: Database, model_id: str) -> Ev
         ),
         gain_over_champion=None
         if champion is None or champion.model_id == model_id
-        else _over_champion(settings, database, model, champion, dataset, outcome),
+        else _over_champion(settings, database, champion, judgement),
     )
 
 
@@ -166,15 +177,9 @@ def made_until_ms(settings: Settings, model: ModelRecord) -> int:
     return split.v2.last_ms + (task.horizon + 1) * interval_ms(task.interval)
 
 
-def _over_champion(
-    settings: Settings,
-    database: Database,
-    model: ModelRecord,
-    champion: ModelRecord,
-    dataset: Dataset,
-    outcome: Outcome,
-) -> Comparison:
+def _over_champion(settings: Settings, database: Database, champion: ModelRecord, judgement: Judgement) -> Comparison:
     """Both traded, each by its own threshold, on the candidate's test windows that are newer than both."""
+    model, dataset, outcome = judgement.model, judgement.dataset, judgement.outcome
     until_ms = max(made_until_ms(settings, model), made_until_ms(settings, champion))
     test = dataset.split.test
     span = Span(max(test.first_ms, until_ms + interval_ms(dataset.task.interval)), test.last_ms)
