@@ -17,8 +17,9 @@ endif
 demo: .venv/.train
 	@$(PYTHON) run_futures_pipeline.py --demo
 
+# Three at a time on two processors: for much of its time a test waits for a server, a line or a lock.
 test: check
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 3 --dist loadfile
 
 check: .venv/.dev
 	$(PYTHON) -m ruff format --check .
@@ -29,7 +30,7 @@ bench: .venv/.dev $(PEERS)/.done
 	$(PYTHON) -m benchmarks
 
 soak: .venv/.dev $(PEERS)/.done
-	$(PYTHON) -m pytest --soak -n 2 --dist loadfile
+	$(PYTHON) -m pytest --soak -n 2 --dist loadfile --no-loadscope-reorder
 
 # The lock files hold hashes and no host names; uv.lock holds host names and stays out of git.
 lock:

@@ -23,6 +23,9 @@ _numbers = count()
 SOAK_EXAMPLES = 500
 SOAK_KILLS = 10
 
+# Of an hour each in a soak: begun first, so that they run side by side.
+LONGEST = ("test_models_volatility.py", "test_planted_edge.py")
+
 hypothesis.settings.register_profile("once", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("soak", max_examples=SOAK_EXAMPLES, deadline=None)
 
@@ -52,11 +55,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A soak leaves out what would be the same again."""
+    """A soak leaves out what would be the same again, and begins with the longest."""
     if config.getoption("--soak"):
-        same = [item for item in items if not _is_soaked(item)]
-        config.hook.pytest_deselected(items=same)
-        items[:] = [item for item in items if item not in same]
+        config.hook.pytest_deselected(items=[item for item in items if not _is_soaked(item)])
+        items[:] = sorted(filter(_is_soaked, items), key=lambda item: item.path.name not in LONGEST)
 
 
 def _is_soaked(item: pytest.Item) -> bool:

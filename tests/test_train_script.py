@@ -37,7 +37,7 @@ SYMBOLS = ("AAAUSDT", "BBBUSDT")
 BARS = 20 * 96
 SHAPE = {"sequence_length": 12, "prediction_horizon": 20, "d_model": 4, "num_heads": 2, "vsn_rank": 4}
 # XLA takes longer to compile than all the rest of so small a training.
-TRAINING = {"epochs": 2, "samples_per_epoch": 512, "batch_size": 64, "xla": False, "pictures_every": 1}
+TRAINING = {"epochs": 2, "samples_per_epoch": 512, "batch_size": 64, "xla": False, "pictures_every": 2}
 STEPS = 512 // 64  # of an epoch
 WALKED = datetime(2025, 1, 1, tzinfo=UTC)
 
