@@ -176,15 +176,19 @@ def test_remote_host_without_a_server_starts_nothing(directory: Path) -> None:
 def test_killed_server_starts_again_with_what_was_committed(
     home: Path, address: DatabaseAddress, stop: signal.Signals
 ) -> None:
-    table = f"kept_{stop.name}"
-    execute(address, f"CREATE TABLE {table} (n int)", f"INSERT INTO {table} SELECT generate_series(1, 10000)")
+    execute(
+        address,
+        "DROP TABLE IF EXISTS kept",
+        "CREATE TABLE kept (n int)",
+        "INSERT INTO kept SELECT generate_series(1, 10000)",
+    )
     server = embedded_server(home)
     assert server is not None
     os.kill(server.pid, stop)
     deadline = time.monotonic() + 20
     while embedded_server(home) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert execute(ensure_server(address, home), f"SELECT count(*) FROM {table}") == 10_000
+    assert execute(ensure_server(address, home), "SELECT count(*) FROM kept") == 10_000
     again = embedded_server(home)
     assert again is not None
     assert again.pid != server.pid
