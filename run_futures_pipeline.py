@@ -27,6 +27,7 @@ from perpcast.errors import SetupError
 if TYPE_CHECKING:
     from perpcast.database import Database, ModelRecord
     from perpcast.evaluation.report import PaperSession
+    from perpcast.training.judgement import Judgement
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,12 @@ def run(settings: Settings, stages: tuple[Stage, ...], market: str | None, *, pr
     begun = time.monotonic()
     seconds = run_stages(settings, stages)
     with open_database(settings) as database:
-        page = report(settings, database, seconds, market)
-    console.print(f"all stages in {time.monotonic() - begun:.0f} s; report: {page}")
-    if promote:
-        run_script(settings, "model_registry.py", "promote", page.parent.name)
+        page, judgement = report(settings, database, seconds, market)
+        console.print(f"all stages in {time.monotonic() - begun:.0f} s; report: {page}")
+        if promote:
+            from model_registry import promote_model
+
+            promote_model(settings, database, judgement.model.model_id, judgement)
     console.print("next: open the report in a browser; curves: tensorboard --logdir logs")
 
 
@@ -110,8 +113,10 @@ def run_script(settings: Settings, script: str, *options: str) -> None:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(settings: Settings, database: "Database", seconds: Mapping[Stage, float], market: str | None) -> Path:
-    """Judges the newest model, shows it with the stages, and writes the page; returns its path."""
+def report(
+    settings: Settings, database: "Database", seconds: Mapping[Stage, float], market: str | None
+) -> "tuple[Path, Judgement]":
+    """Judges the newest model, shows it with the stages, and writes the page; returns its path, and the judgement."""
     from perpcast.database import read_models, read_row_counts
     from perpcast.evaluation import report
     from perpcast.training.judgement import judge_model
@@ -137,7 +142,7 @@ def report(settings: Settings, database: "Database", seconds: Mapping[Stage, flo
         console.print(paper_line(paper))
     if market is not None:
         console.print(market)
-    return page
+    return page, judgement
 
 
 def paper_line(paper: "PaperSession") -> str:
