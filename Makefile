@@ -19,7 +19,7 @@ demo: .venv/.train
 
 # Three at a time on two processors: for much of its time a test waits for a server, a line or a lock.
 test: check
-	$(PYTHON) -m pytest -n 3 --dist loadfile
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.dev
 	$(PYTHON) -m ruff format --check .

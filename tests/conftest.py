@@ -6,7 +6,7 @@ A test marked `soak(25)` draws all that it leaves to chance from `seed`: 0, and 
 the same examples at every `pytest`, so that what fails was broken by the change; a soak draws new ones."""
 
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import count
@@ -23,8 +23,8 @@ _numbers = count()
 SOAK_EXAMPLES = 500
 SOAK_KILLS = 10
 
-# Of an hour each in a soak: begun first, so that they run side by side.
-LONGEST = ("test_models_volatility.py", "test_planted_edge.py")
+# Files whose few tests take minutes, or an hour in a soak: begun first, no processor waits for the last of them.
+LONGEST = ("test_models_volatility.py", "test_planted_edge.py", "test_training_killed.py", "test_end_to_end.py")
 
 hypothesis.settings.register_profile("once", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("soak", max_examples=SOAK_EXAMPLES, deadline=None)
@@ -55,10 +55,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A soak leaves out what would be the same again, and begins with the longest."""
+    """A soak leaves out what would be the same again. The longest files come first, then those of many tests."""
     if config.getoption("--soak"):
         config.hook.pytest_deselected(items=[item for item in items if not _is_soaked(item)])
-        items[:] = sorted(filter(_is_soaked, items), key=lambda item: item.path.name not in LONGEST)
+        items[:] = filter(_is_soaked, items)
+    tests = Counter(item.path.name for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONGEST, -tests[item.path.name], item.path.name))
 
 
 def _is_soaked(item: pytest.Item) -> bool:
