@@ -179,7 +179,7 @@ def test_is_complete_needs_row_and_whole_bundle(
 # --- killed and run again -------------------------------------------------------------------------------------------
 
 
-def test_training_killed_and_run_again_is_one_whole_model(
+def test_training_ended_by_a_kill_and_run_again_is_one_whole_model(
     database: Database, config: Path, settings: Settings, password: str
 ) -> None:
     """Killed in the middle of its second epoch: the first one is not trained again."""
