@@ -140,11 +140,17 @@ def test_force_promotes_on_a_used_span(settings: Settings, models: Database) -> 
     assert states(models)["b"] == "champion"
 
 
-def test_champion_promoted_again_is_not_looked_at_again(settings: Settings, models: Database) -> None:
+def test_champion_promoted_again_is_not_looked_at_again(
+    settings: Settings, models: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     promote(settings, models, "a", evidence_on(0))
     before = read_events(models, REGISTRY)
 
-    promote_model(settings, models, "a")  # whose dataset does not exist: a look would fail
+    def gather(*asked: object) -> Evidence:
+        raise AssertionError("the test span was looked at")
+
+    monkeypatch.setattr(judgement, "gather_evidence", gather)
+    promote_model(settings, models, "a")
     assert read_events(models, REGISTRY) == before
 
 

@@ -5,6 +5,7 @@ The views are declared in `bi_views.py` and made anew after every migration. The
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg2
@@ -92,7 +93,7 @@ def refresh_bi(engine: Engine, *written: str) -> bool:
     try:
         for view in VIEWS:
             if view.key and (not written or set(written) & set(view.tables)):
-                transact(engine, lambda connection, view=view: _refresh(connection, view))  # type: ignore[misc]
+                transact(engine, partial(_refresh, view))
     except psycopg2.errors.InsufficientPrivilege:
         return False
     return True
@@ -196,7 +197,7 @@ def _check_metabase_is_ours(connection: Connection) -> None:
         )
 
 
-def _refresh(connection: Connection, view: View) -> None:
+def _refresh(view: View, connection: Connection) -> None:
     name = sql.Identifier(SCHEMA, view.name)
     execute(connection, _ROOM, sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(name))
 

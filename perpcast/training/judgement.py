@@ -4,7 +4,7 @@ The predictions are those that were stored when it was trained; nothing here run
 champion has not seen yet. Every judgement is a look at the test span, and is counted as one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -68,17 +68,20 @@ def judge_model(
 
     `outcome` are the scores where they are at hand.
     """
-    model, dataset, outcome = _read(settings, database, model_id, outcome)
-    looks = look(database, dataset, model_id, purpose, now)
-    return Judgement(model, dataset, outcome, trade(settings, database, dataset, outcome, looks), looks)
+    return _judge(
+        settings, database, model_id, outcome, lambda dataset: look(database, dataset, model_id, purpose, now)
+    )
 
 
-def _read(
-    settings: Settings, database: Database, model_id: str, outcome: Outcome | None
-) -> tuple[ModelRecord, Dataset, Outcome]:
+def _judge(
+    settings: Settings, database: Database, model_id: str, outcome: Outcome | None, count: Callable[[Dataset], int]
+) -> Judgement:
+    """`count` says how often the dataset's test span was looked at, this time included."""
     model = read_model(database, model_id)
     dataset = load_dataset(settings.path("datasets", model.dataset_id))
-    return model, dataset, outcome or read_outcome(database, dataset, model_id, settings.model.seed)
+    outcome = outcome or read_outcome(database, dataset, model_id, settings.model.seed)
+    looks = count(dataset)
+    return Judgement(model, dataset, outcome, trade(settings, database, dataset, outcome, looks), looks)
 
 
 def look(database: Database, dataset: Dataset, model_id: str, purpose: str, now: datetime) -> int:
@@ -145,12 +148,12 @@ def gather_evidence(
 
     `judgement` is the model's, where it is at hand: else its baselines are fitted and all are traded here.
     """
-    if judgement is None:
-        model, dataset, outcome = _read(settings, database, model_id, None)
-        looks = count_looks(database, dataset.split.test.first_ms, dataset.split.test.last_ms) + 1
-        judgement = Judgement(model, dataset, outcome, trade(settings, database, dataset, outcome, looks), looks)
-    model, dataset, portfolio = judgement.model, judgement.dataset, judgement.portfolio
-    span = dataset.split.test
+
+    def count(dataset: Dataset) -> int:
+        return count_looks(database, dataset.split.test.first_ms, dataset.split.test.last_ms) + 1
+
+    judged = judgement or _judge(settings, database, model_id, None, count)
+    model, span = judged.model, judged.dataset.split.test
     try:
         check_certificate(read_card(settings.path(model.bundle_path)), f"model {model_id}")
         missing = ""
@@ -162,11 +165,11 @@ def gather_evidence(
         certificate_detail=missing,
         test_span=span,
         gain_over_best_baseline=Comparison(
-            portfolio.best_baseline, portfolio.gains["best"], span, made_until_ms(settings, model)
+            judged.portfolio.best_baseline, judged.portfolio.gains["best"], span, made_until_ms(settings, model)
         ),
         gain_over_champion=None
         if champion is None or champion.model_id == model_id
-        else _over_champion(settings, database, champion, judgement),
+        else _over_champion(settings, database, champion, judged),
     )
 
 
