@@ -28,6 +28,7 @@ from perpcast.database import (
 )
 from perpcast.errors import DatabaseUnavailableError
 
+FOLDER = "metabase"  # whose `.env` compose reads
 # What the dashboards need and a person need not think of.
 GENERATED = ("MB_ENCRYPTION_SECRET_KEY", "METABASE_DB_PASSWORD", "METABASE_ADMIN_PASSWORD", "PERPCAST_BI_PASSWORD")
 ADMIN_EMAIL = "admin@localhost.localdomain"
@@ -73,7 +74,7 @@ def main(settings: Settings, for_metabase: bool, show_status: bool, end_server: 
 
 def prepare_metabase(settings: Settings, engine: Database) -> None:
     """The role that sees the views, Metabase's own database with its role, and `metabase/.env` with all secrets."""
-    path = settings.path("metabase", ".env")
+    path = settings.path(FOLDER, ".env")
     values, new = complete_environment(settings, path)
     make_bi_role(engine, values["PERPCAST_BI_PASSWORD"])
     make_metabase_database(engine, values["METABASE_DB_PASSWORD"])
@@ -95,7 +96,7 @@ def complete_environment(settings: Settings, path: Path) -> tuple[dict[str, str]
         **{name: secrets.token_hex(16) for name in GENERATED},
     }
     for key in values:
-        values[key] = secret(settings, key, "metabase") or values[key]
+        values[key] = secret(settings, key, FOLDER) or values[key]
     return values, {key: value for key, value in values.items() if key not in known}
 
 

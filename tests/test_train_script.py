@@ -243,6 +243,9 @@ def test_classification_ends_in_calibrated_probabilities_that_can_be_traded(
     assert trained.exit_code == 1
     assert f"{model.model_id} is not promoted, it lacks" in trained.stderr
     assert model.state == "candidate"
+    again = run(config, password, "--task", "classification")
+    assert again.exit_code == 0, again.stderr
+    assert "is trained and exported already" in " ".join(again.stdout.split())
     (folder,) = settings.path("datasets").glob("[0-9a-f]*")
     dataset = load_dataset(folder)
     bundle = check_answers(database, settings, dataset, model.model_id)
